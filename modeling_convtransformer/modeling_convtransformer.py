@@ -1,0 +1,837 @@
+"""ConvTransformer: the temporal action localization family of ActionFormer, for transformers.
+
+    features (batch, time, n_in) - embedding convs - stem blocks - branch blocks (stride 2 each)
+                                                         |              |   |   |
+                                                         +-- pyramid: (batch, time / stride, channels) a level
+                                                                | neck | classification and regression heads
+                                                                +-- points: logits, [start, end] on the feature grid
+
+Read from top to bottom: masked convolution, norms, positions, MLPs, attention, block, model, neck, heads, detector.
+All tensors are `(batch, time, channels)`. `padding` is `(batch, time, 1)` bool, True = padded, or None = no padding.
+
+ActionFormer's release ("v1": Zhang et al., "ActionFormer: Localizing Moments of Actions with Transformers", ECCV 2022,
+https://arxiv.org/abs/2202.07925) is one setting of these classes; what it shares with the default is written once.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_convtransformer import attend, eager_attention_forward, make_attention_mask
+from .configuration_convtransformer import ConvTransformerConfig
+from .loss_convtransformer import ConvTransformerLoss
+
+
+@dataclass
+class ConvTransformerModelOutput(ModelOutput):
+    """
+    Output of `ConvTransformerModel`.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, time / coarsest stride, n_embd)`):
+            The coarsest level of the pyramid.
+        feature_maps (`tuple(torch.FloatTensor)`, one `(batch, ceil(time / stride), n_embd)` for each level):
+            The pyramid, finest level first.
+        feature_masks (`tuple(torch.LongTensor)`, one `(batch, ceil(time / stride))` for each level):
+            1 where a step is valid, 0 where it is padded.
+        hidden_states (`tuple(torch.FloatTensor)`, with `output_hidden_states=True`):
+            The embedding, then the output of every block, each `(batch, time / stride, n_embd)`.
+        attentions (`tuple(torch.FloatTensor)`, with `output_attentions=True` and `attn_implementation="eager"`):
+            For every block, `(batch, n_head, time / stride, time / stride)`.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    feature_maps: tuple[torch.FloatTensor, ...] | None = None
+    feature_masks: tuple[torch.LongTensor, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class ConvTransformerTemporalActionLocalizationOutput(ModelOutput):
+    """
+    Output of `ConvTransformerForTemporalActionLocalization`. Points are the steps of all levels of the pyramid, finest
+    level first, each level in order of time.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, with `labels`):
+            `cls_loss + loss_weight * reg_loss`, float32.
+        loss_dict (`dict[str, torch.Tensor]`, with `labels`):
+            `cls_loss` (focal), `reg_loss` (distance IoU), `num_positives` and `num_unassigned_segments` (counts).
+        logits (`torch.FloatTensor` of shape `(batch, points, num_labels)`):
+            Classification logits; a sigmoid, not a softmax, makes them scores.
+        pred_segments (`torch.FloatTensor` of shape `(batch, points, 2)`):
+            Start and end of the segment that each point predicts, float32, on the feature grid.
+        point_mask (`torch.LongTensor` of shape `(batch, points)`):
+            1 where a point is valid, 0 where it is padded.
+        point_levels (`torch.LongTensor` of shape `(batch, points)`):
+            The level that a point belongs to; 0 is the finest.
+        hidden_states, attentions: see `ConvTransformerModelOutput`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_dict: dict | None = None
+    logits: torch.FloatTensor | None = None
+    pred_segments: torch.FloatTensor | None = None
+    point_mask: torch.LongTensor | None = None
+    point_levels: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Smallest parts
+
+
+def zero_padding(x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """Zeros at padded steps, whatever they held (NaN too, which a product with 0 would keep)."""
+    return x if padding is None else x.masked_fill(padding, 0)
+
+
+def subsample(mask: torch.Tensor | None, stride: int) -> torch.Tensor | None:
+    """The mask of the next level: every stride-th step, so that n valid steps become ceil(n / stride)."""
+    return mask if mask is None or stride == 1 else mask[:, ::stride]
+
+
+class MaskedConv1d(nn.Conv1d):
+    """
+    Convolution over time whose padded steps are zero in the output, and in the input too if `mask_conv_inputs`. The
+    output has `ceil(time / stride)` steps, step i centred on input step `i * stride` (causal: ending there).
+
+    `bias_init` is what the bias starts from: a number, or a list with one for each channel.
+    """
+
+    def __init__(self, config, in_channels, out_channels, kernel_size, stride=1, groups=1, bias=True, bias_init=0.0):
+        reach = 0 if config.is_causal else kernel_size // 2
+        super().__init__(in_channels, out_channels, kernel_size, stride, reach, groups=groups, bias=bias)
+        self.look_back = kernel_size - 1 if config.is_causal else 0
+        self.mask_input = config.mask_conv_inputs
+        self.bias_init = bias_init
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        if self.mask_input:
+            x = zero_padding(x, padding)
+        x = F.pad(x.transpose(1, 2), (self.look_back, 0))
+        return zero_padding(super().forward(x).transpose(1, 2), subsample(padding, self.stride[0]))
+
+
+class MaskedMaxPool1d(nn.Module):
+    """
+    The skip path of a branch block: max pooling of kernel `stride + 1`, padded steps zero in the output. What lies
+    beyond the ends of the array never wins; padded steps neither, if `mask_conv_inputs` (in v1 they count as zeros).
+    """
+
+    def __init__(self, config, stride):
+        super().__init__()
+        self.stride = stride
+        self.reach = (stride, 0) if config.is_causal else (stride // 2, stride // 2)
+        self.mask_input = config.mask_conv_inputs
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        if self.mask_input and padding is not None:
+            x = x.masked_fill(padding, -torch.inf)
+        x = F.pad(x.transpose(1, 2), self.reach, value=-torch.inf)
+        x = F.max_pool1d(x, self.stride + 1, self.stride)
+        return zero_padding(x.transpose(1, 2), subsample(padding, self.stride))
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        return super().forward(x)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        return super().forward(x)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm whose statistics count valid steps only."""
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            valid = x.new_ones(*x.shape[:2], 1) if padding is None else (~padding).to(x.dtype)
+            valid = valid.float()
+            count = valid.sum().clamp(min=1)
+            mean = (x.float() * valid).sum((0, 1)) / count
+            var = ((x.float() - mean).square() * valid).sum((0, 1)) / count
+            with torch.no_grad():
+                unbiased = var * count / (count - 1).clamp(min=1)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+                self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(var + self.eps).to(x.dtype)
+        return (x - mean.to(x.dtype)) * scale + self.bias
+
+
+class Identity(nn.Identity):
+    def forward(self, x: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+        return x
+
+
+NORMS = {"layer": LayerNorm, "rms": RMSNorm, "batch": BatchNorm}
+
+
+def make_norm(config, width: int) -> nn.Module:
+    kind = "rms" if config.use_rms_norm else "batch" if config.use_batch_norm else "layer"
+    return NORMS[kind](width, eps=config.norm_eps)
+
+
+class AffineDropPath(nn.Module):
+    """
+    Drops the whole residual branch of a sample at random in training (stochastic depth), behind a learned scale for each
+    channel that starts near zero (LayerScale, https://arxiv.org/abs/2103.17239) and stays at inference.
+    """
+
+    def __init__(self, width: int, rate: float):
+        super().__init__()
+        self.rate = rate
+        self.scale = nn.Parameter(torch.full((width,), 1e-4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * self.scale
+        if not self.training:
+            return x
+        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.rate)
+        return x * keep / (1 - self.rate)
+
+
+def make_drop_path(config) -> nn.Module:
+    return AffineDropPath(config.n_embd, config.path_pdrop) if config.path_pdrop > 0 else Identity()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Positions
+
+
+class ConvTransformerRotaryEmbedding(nn.Module):
+    """
+    Rotary positions (RoFormer, https://arxiv.org/abs/2104.09864), counted in steps of each level: step 3 of any level has
+    the same rotation, as every level has the same window and shares the heads.
+    """
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: ConvTransformerConfig, device=None):
+        super().__init__()
+        # transformers looks for an attention head's width in `head_dim`, which here is the width of the detection heads.
+        self.config = type(config).from_dict({**config.to_dict(), "head_dim": config.n_embd // config.n_head})
+        self.max_seq_len_cached = config.max_len
+        self.original_max_seq_len = config.max_len
+        self.rope_type = self.config.rope_parameters["rope_type"]
+        rope_init = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init(self.config, device)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config, device=None, seq_len=None, **kwargs) -> tuple[torch.Tensor, float]:
+        channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+        return 1.0 / (config.rope_parameters["rope_theta"] ** (channels / config.head_dim)), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine, each (1, time, channels of a head) in the dtype of `x`; angles are float32."""
+        device_type = x.device.type if x.device.type != "mps" else "cpu"
+        with torch.autocast(device_type=device_type, enabled=False):
+            angles = position_ids[..., None].float() * self.inv_freq.float().to(x.device)
+            angles = torch.cat((angles, angles), dim=-1)
+            cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns (batch, heads, time, channels) by the angles whose cosines and sines are (1, time, channels)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def sinusoidal_positions(length: int, width: int, device: torch.device) -> torch.Tensor:
+    """The table of "Attention is all you need" over sqrt(width), as in v1: (length, width), float32."""
+    # float64 because float32 angles of some thousand radians are off by 1e-4; Apple's GPUs have none.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    channels = torch.arange(width, device=device)
+    frequencies = 10000.0 ** (-2.0 * (channels // 2).to(dtype) / width)
+    angles = torch.arange(length, device=device, dtype=dtype)[:, None] * frequencies
+    table = torch.where(channels % 2 == 0, angles.sin(), angles.cos())
+    return (table / math.sqrt(width)).float()
+
+
+class PositionTable(nn.Module):
+    """
+    Positions that are added once after the embedding: sinusoids, or a learned table. A sequence longer than the table
+    stretches it linearly over its whole length.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.length, self.width = config.max_len, config.n_embd
+        self.table = nn.Parameter(torch.zeros(self.length, self.width)) if config.use_learned_pe else None
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        table = sinusoidal_positions(self.length, self.width, x.device) if self.table is None else self.table
+        if x.shape[1] > self.length:
+            table = F.interpolate(table.T[None], x.shape[1], mode="linear", align_corners=False)[0].T
+        return x + zero_padding(table[None, : x.shape[1]].to(x.dtype), padding)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MLPs
+
+
+class GeluMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd)
+        self.dropout = nn.Dropout(config.proj_pdrop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.dropout(F.gelu(self.up_proj(x)))
+        return self.dropout(self.down_proj(x))
+
+
+class SwigluMLP(nn.Module):
+    """Gated MLP (Shazeer, 2020, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.intermediate_size)
+        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd)
+        self.dropout = nn.Dropout(config.proj_pdrop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.dropout(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.dropout(self.down_proj(x))
+
+
+MLPS = {True: SwigluMLP, False: GeluMLP}  # by use_swiglu
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention and blocks
+
+
+class ConvTransformerAttention(nn.Module):
+    r"""
+    Multi-head attention over time whose queries, keys and values each pass a depthwise convolution (which brings local
+    order, and the stride of a branch block) and a norm of their own before the projection.
+
+        n_head 4, n_kv_head 4 (MHA)     n_kv_head 2 (GQA)     n_kv_head 1 (MQA)
+        q q q q                         q q q q               q q q q
+        | | | |                         \ /  \ /              \  | | /
+        k k k k                          k    k                   k
+    """
+
+    def __init__(self, config: ConvTransformerConfig, level: int, stride: int, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = config.is_causal
+        self.window = config.window_sizes[level]
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5
+        kv_heads = config.n_kv_head or config.n_head
+        self.num_key_value_groups = config.n_head // kv_heads
+        self.attention_dropout = config.attn_pdrop
+
+        kernel_size = stride + 1 if stride > 1 else 3
+        for name in ("query", "key", "value"):
+            conv = MaskedConv1d(
+                config, config.n_embd, config.n_embd, kernel_size, stride, groups=config.n_embd, bias=False
+            )
+            self.add_module(f"{name}_conv", conv)
+            self.add_module(f"{name}_norm", make_norm(config, config.n_embd))
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * self.head_dim)
+        self.k_proj = nn.Linear(config.n_embd, kv_heads * self.head_dim)
+        self.v_proj = nn.Linear(config.n_embd, kv_heads * self.head_dim)
+        self.o_proj = nn.Linear(config.n_head * self.head_dim, config.n_embd)
+        self.dropout = nn.Dropout(config.proj_pdrop)
+        self.relative_bias = None
+        if config.use_rel_pe and self.window > 1:
+            self.relative_bias = nn.Parameter(torch.zeros(config.n_head, self.window))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        padding: torch.Tensor | None,
+        out_padding: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = self.q_proj(self.query_norm(self.query_conv(hidden_states, padding), out_padding))
+        key = self.k_proj(self.key_norm(self.key_conv(hidden_states, padding), out_padding))
+        value = self.v_proj(self.value_norm(self.value_conv(hidden_states, padding), out_padding))
+        query, key, value = (x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for x in (query, key, value))
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            attention_interface,
+            query,
+            key,
+            value,
+            attention_mask,
+            relative_bias=self.relative_bias,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = self.dropout(self.o_proj(output.reshape(*output.shape[:2], -1)))
+        return zero_padding(output, out_padding), weights
+
+
+class ConvTransformerBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block; in a branch, attention and skip path shorten the sequence by `stride`."""
+
+    def __init__(self, config: ConvTransformerConfig, level: int, stride: int, layer_idx: int):
+        super().__init__()
+        self.ln1 = make_norm(config, config.n_embd)
+        self.attn = ConvTransformerAttention(config, level, stride, layer_idx)
+        self.pool_skip = MaskedMaxPool1d(config, stride) if stride > 1 else Identity()
+        self.drop_path_attn = make_drop_path(config)
+        self.ln2 = make_norm(config, config.n_embd)
+        self.mlp = MLPS[config.use_swiglu](config)
+        self.drop_path_mlp = make_drop_path(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        padding: torch.Tensor | None = None,
+        out_padding: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: (batch, time, n_embd).
+            padding, out_padding: (batch, time, 1) and (batch, ceil(time / stride), 1) bool, True = padded.
+            attention_mask: of the level that this block writes, from `make_attention_mask`.
+            rotary: cosine and sine for the steps of that level.
+
+        Returns:
+            (batch, ceil(time / stride), n_embd), zero at padded steps.
+        """
+        attended, _ = self.attn(
+            self.ln1(hidden_states, padding), padding, out_padding, attention_mask, rotary, **kwargs
+        )
+        skipped = zero_padding(self.pool_skip(hidden_states, padding), out_padding)
+        hidden_states = skipped + self.drop_path_attn(attended)
+        update = zero_padding(self.mlp(self.ln2(hidden_states, out_padding)), out_padding)
+        return hidden_states + self.drop_path_mlp(update)
+
+
+class ConvBlock(GradientCheckpointingLayer):
+    """Residual block of two convolutions: v1's backbone without attention (`backbone_type="conv"`)."""
+
+    def __init__(self, config: ConvTransformerConfig, level: int, stride: int, layer_idx: int):
+        super().__init__()
+        width = config.n_embd
+        self.conv1 = MaskedConv1d(config, width, 2 * width, 3, stride)
+        self.conv2 = MaskedConv1d(config, 2 * width, width, 3)
+        self.downsample = MaskedConv1d(config, width, width, 1, stride) if stride > 1 else Identity()
+
+    def forward(self, hidden_states: torch.Tensor, padding=None, out_padding=None, *args, **kwargs) -> torch.Tensor:
+        """Shapes as in `ConvTransformerBlock`; attention's arguments are not used."""
+        output = F.relu(self.conv1(hidden_states, padding))
+        output = self.conv2(output, out_padding)
+        return F.relu(output + self.downsample(hidden_states, padding))
+
+
+BLOCKS = {"convTransformer": ConvTransformerBlock, "conv": ConvBlock}
+
+
+class ConvTransformerEmbedding(nn.Module):
+    """One projection for each stream, side by side, then convolutions with norm and ReLU, then positions."""
+
+    def __init__(self, config: ConvTransformerConfig):
+        super().__init__()
+        self.stream_widths = config.stream_widths
+        projected = config.projected_stream_widths
+        self.streams = None
+        if projected is not None:
+            self.streams = nn.ModuleList(nn.Linear(a, b) for a, b in zip(self.stream_widths, projected, strict=True))
+        width = sum(projected or self.stream_widths)
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        for index in range(config.arch[0]):
+            in_width = width if index == 0 else config.n_embd
+            # A norm takes any constant away again: no bias before it.
+            conv = MaskedConv1d(config, in_width, config.n_embd, config.n_embd_ks, bias=not config.with_ln)
+            self.convs.append(conv)
+            self.norms.append(make_norm(config, config.n_embd) if config.with_ln else Identity())
+        has_positions = config.use_abs_pe or config.use_learned_pe
+        self.positions = PositionTable(config) if has_positions else Identity()
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        """(batch, time, sum of n_in) to (batch, time, n_embd)."""
+        if self.streams is not None:
+            parts = x.split(self.stream_widths, dim=-1)
+            parts = [zero_padding(project(part), padding) for project, part in zip(self.streams, parts, strict=True)]
+            x = torch.cat(parts, dim=-1)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x, padding), padding))
+        return self.positions(x, padding)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+class ConvTransformerPreTrainedModel(PreTrainedModel):
+    config: ConvTransformerConfig
+    config_class = ConvTransformerConfig
+    base_model_prefix = "model"
+    main_input_name = "input_features"
+    input_modalities = ("time",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ConvTransformerBlock", "ConvBlock"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": [ConvTransformerBlock, ConvBlock],
+        "attentions": ConvTransformerAttention,
+    }
+    # The moving normaliser drifts by fractions of a percent a step, which bfloat16 would lose.
+    _keep_in_fp32_modules_strict = ["loss_normalizer"]
+    # Trainer's loss is already an average over the batch's positives: divide it under gradient accumulation.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: ConvTransformerConfig, *args, **kwargs):
+        # Fields that `from_pretrained(folder, field=...)` replaced were not looked at together yet.
+        config.validate_architecture()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.Linear | nn.Conv1d):
+            # PyTorch's own initialisation with zero bias, which v1 trains from.
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bias = torch.as_tensor(getattr(module, "bias_init", 0.0), dtype=module.bias.dtype)
+                init.copy_(module.bias, bias.to(module.bias.device).expand_as(module.bias))
+            return
+        super()._init_weights(module)
+        if isinstance(module, AffineDropPath):
+            init.constant_(module.scale, 1e-4)
+        elif isinstance(module, PositionTable) and module.table is not None:
+            init.trunc_normal_(module.table, std=0.02)
+        elif isinstance(module, ConvTransformerAttention) and module.relative_bias is not None:
+            init.trunc_normal_(module.relative_bias, std=math.sqrt(2.0 / self.config.n_embd))
+        elif isinstance(module, RegressionHead):
+            init.ones_(module.scale)
+        elif isinstance(module, ConvTransformerLoss):
+            init.constant_(module.loss_normalizer, module.initial_normalizer)
+
+
+class ConvTransformerModel(ConvTransformerPreTrainedModel):
+    """The backbone: features of a recording in, a pyramid of features and masks out."""
+
+    def __init__(self, config: ConvTransformerConfig):
+        super().__init__(config)
+        make_block = BLOCKS[config.backbone_type]
+        self.embedding = ConvTransformerEmbedding(config)
+        self.stem = nn.ModuleList(make_block(config, 0, 1, index) for index in range(config.arch[1]))
+        self.branch = nn.ModuleList(
+            make_block(config, level, config.scale_factor, config.arch[1] + level - 1)
+            for level in range(1, config.num_levels)
+        )
+        has_attention = config.backbone_type == "convTransformer"
+        self.rotary = ConvTransformerRotaryEmbedding(config) if config.use_rope and has_attention else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ConvTransformerModelOutput:
+        r"""
+        Args:
+            input_features (`torch.Tensor` of shape `(batch, time, n_in)`):
+                Features; several streams lie side by side in the last dimension. Any `time >= 1`.
+            attention_mask (`torch.Tensor` of shape `(batch, time)`, *optional*):
+                1 or True where a step is valid, 0 where it is padded. Without padding, leave it out.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        valid = self.check_inputs(input_features, attention_mask)
+        hidden_states = input_features.to(self.dtype)  # features come as float32, models may be half precision
+        config, batch = self.config, hidden_states.shape[0]
+
+        # Masks once for each level; no padding is no mask at all.
+        lengths, valids = [hidden_states.shape[1]], [valid]
+        for _ in self.branch:
+            lengths.append(-(-lengths[-1] // config.scale_factor))
+            valids.append(subsample(valids[-1], config.scale_factor))
+        paddings = [None if one is None else ~one[..., None] for one in valids]
+
+        hidden_states = self.embedding(hidden_states, paddings[0])
+
+        rotary = [None] * len(lengths)
+        if self.rotary is not None:
+            cos, sin = self.rotary(hidden_states, torch.arange(lengths[0], device=hidden_states.device)[None])
+            rotary = [(cos[:, :length], sin[:, :length]) for length in lengths]
+        masks = [
+            make_attention_mask(
+                config._attn_implementation,
+                one,
+                length,
+                window,
+                config.is_causal,
+                hidden_states.dtype,
+                hidden_states.device,
+            )
+            for one, length, window in zip(valids, lengths, config.window_sizes, strict=True)
+        ]
+
+        for block in self.stem:
+            hidden_states = block(hidden_states, paddings[0], paddings[0], masks[0], rotary[0], **kwargs)
+        feature_maps = [hidden_states]
+        for level, block in enumerate(self.branch, start=1):
+            hidden_states = block(
+                hidden_states, paddings[level - 1], paddings[level], masks[level], rotary[level], **kwargs
+            )
+            feature_maps.append(hidden_states)
+
+        feature_masks = [
+            torch.ones(batch, length, dtype=torch.long, device=hidden_states.device) if one is None else one.long()
+            for one, length in zip(valids, lengths, strict=True)
+        ]
+        return ConvTransformerModelOutput(
+            last_hidden_state=hidden_states, feature_maps=tuple(feature_maps), feature_masks=tuple(feature_masks)
+        )
+
+    def check_inputs(self, input_features: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """
+        The mask as (batch, time) bool, or None if nothing is padded.
+
+        Raises:
+            ValueError: the shapes are not (batch, time, n_in) and (batch, time), or there are no time steps.
+        """
+        width = sum(self.config.stream_widths)
+        shape = tuple(input_features.shape)
+        if input_features.dim() != 3 or shape[2] != width:
+            advice = ""
+            if input_features.dim() == 3 and shape[1] == width:
+                advice = " They look like (batch, channels, time): pass input_features.transpose(1, 2)."
+            elif input_features.dim() == 2:
+                advice = " Add the batch dimension: input_features[None]."
+            raise ValueError(f"input_features has shape {shape}; expected (batch, time, {width}).{advice}")
+        if shape[1] == 0:
+            raise ValueError(f"input_features has shape {shape}: no time steps; expected at least one.")
+        if attention_mask is None:
+            return None
+        if tuple(attention_mask.shape) != shape[:2]:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; expected (batch, time) = {shape[:2]}."
+            )
+        valid = attention_mask.to(device=input_features.device, dtype=torch.bool)
+        # A full mask is no mask. Looking costs a synchronisation, and tracing cannot look.
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and valid.all():
+            return None
+        return valid
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Neck and heads
+
+
+class IdentityNeck(nn.Module):
+    """A norm for each level."""
+
+    def __init__(self, config: ConvTransformerConfig):
+        super().__init__()
+        self.norms = nn.ModuleList(
+            make_norm(config, config.neck_width) if config.fpn_with_ln else Identity() for _ in config.detector_strides
+        )
+
+    def forward(self, features: list[torch.Tensor], paddings: list[torch.Tensor | None]) -> list[torch.Tensor]:
+        return [norm(x, padding) for norm, x, padding in zip(self.norms, features, paddings, strict=True)]
+
+
+class FeaturePyramidNeck(nn.Module):
+    """
+    Top-down feature pyramid (Lin et al., 2017, https://arxiv.org/abs/1612.03144): each level's projection plus the next
+    coarser level repeated in time, then a depthwise convolution and a norm.
+    """
+
+    def __init__(self, config: ConvTransformerConfig):
+        super().__init__()
+        width, bias = config.neck_width, not config.fpn_with_ln
+        self.scale_factor = config.scale_factor
+        self.laterals, self.convs, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for _ in config.detector_strides:
+            self.laterals.append(nn.Linear(config.n_embd, width, bias=bias))
+            self.convs.append(MaskedConv1d(config, width, width, 3, groups=width, bias=bias))
+            self.norms.append(make_norm(config, width) if config.fpn_with_ln else Identity())
+
+    def forward(self, features: list[torch.Tensor], paddings: list[torch.Tensor | None]) -> list[torch.Tensor]:
+        merged = [zero_padding(lateral(x), p) for lateral, x, p in zip(self.laterals, features, paddings, strict=True)]
+        for level in range(len(merged) - 1, 0, -1):
+            finer = merged[level - 1]
+            coarser = merged[level].repeat_interleave(self.scale_factor, dim=1)[:, : finer.shape[1]]
+            merged[level - 1] = finer + coarser
+        return [
+            norm(conv(x, padding), padding)
+            for norm, conv, x, padding in zip(self.norms, self.convs, merged, paddings, strict=True)
+        ]
+
+
+NECKS = {"identity": IdentityNeck, "fpn": FeaturePyramidNeck}
+
+
+class ConvHead(nn.Module):
+    """A tower of convolutions with norm and ReLU and a last convolution, shared by all levels."""
+
+    def __init__(self, config: ConvTransformerConfig, out_channels: int, bias_init: float | list[float] = 0.0):
+        super().__init__()
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        in_width = config.neck_width
+        for _ in range(config.head_num_layers - 1):
+            conv = MaskedConv1d(
+                config, in_width, config.head_width, config.head_kernel_size, bias=not config.head_with_ln
+            )
+            self.convs.append(conv)
+            self.norms.append(make_norm(config, config.head_width) if config.head_with_ln else Identity())
+            in_width = config.head_width
+        self.output = MaskedConv1d(config, in_width, out_channels, config.head_kernel_size, bias_init=bias_init)
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        """(batch, time, neck width) to (batch, time, out_channels)."""
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x, padding), padding))
+        return self.output(x, padding)
+
+
+class ClassificationHead(ConvHead):
+    """Logits that start from the scores `cls_prior_prob`, and 1e-6 for classes without data."""
+
+    def __init__(self, config: ConvTransformerConfig):
+        scores = [
+            1e-6 if label in config.empty_labels else config.cls_prior_prob for label in range(config.num_labels)
+        ]
+        super().__init__(config, config.num_labels, [-math.log((1 - score) / score) for score in scores])
+
+
+class RegressionHead(ConvHead):
+    """Distances from a point to start and end, in strides, 0 or more, float32; with a learned scale for each level."""
+
+    def __init__(self, config: ConvTransformerConfig):
+        super().__init__(config, 2)
+        self.scale = nn.Parameter(torch.ones(len(config.detector_strides)))
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor | None, level: int) -> torch.Tensor:
+        return F.relu(super().forward(x, padding).float() * self.scale[level].float())
+
+
+class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedModel):
+    """The detector: for every point of the pyramid a score for each class and a segment around it."""
+
+    def __init__(self, config: ConvTransformerConfig):
+        super().__init__(config)
+        self.model = ConvTransformerModel(config)
+        self.neck = NECKS[config.fpn_type](config)
+        self.class_head = ClassificationHead(config)
+        self.segment_head = RegressionHead(config)
+        self.criterion = ConvTransformerLoss(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: list[dict] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ConvTransformerTemporalActionLocalizationOutput:
+        r"""
+        Args:
+            input_features (`torch.Tensor` of shape `(batch, time, n_in)`):
+                Features; several streams lie side by side in the last dimension. Any `time >= 1`.
+            attention_mask (`torch.Tensor` of shape `(batch, time)`, *optional*):
+                1 or True where a step is valid, 0 where it is padded. Without padding, leave it out.
+            labels (list of `dict`, *optional*):
+                For each sample `segments` (`(N, 2)`, start and end on the feature grid) and `class_labels` (`(N,)`).
+                N may be 0.
+
+        Raises:
+            ValueError: shapes that do not fit, or labels that the model cannot learn; the message names the sample.
+        """
+        attention_mask = self.model.check_inputs(input_features, attention_mask)
+        outputs = self.model(input_features, attention_mask, **kwargs)
+        start = self.config.fpn_start_level
+        features, masks = outputs.feature_maps[start:], outputs.feature_masks[start:]
+        paddings = [None if attention_mask is None else (mask == 0)[..., None] for mask in masks]
+        features = self.neck(features, paddings)
+
+        logits = torch.cat([self.class_head(x, padding) for x, padding in zip(features, paddings, strict=True)], dim=1)
+        offsets = torch.cat(
+            [self.segment_head(x, p, level) for level, (x, p) in enumerate(zip(features, paddings, strict=True))],
+            dim=1,
+        )
+        point_mask = torch.cat(masks, dim=1)
+        points, strides, levels = self._make_points([x.shape[1] for x in features], logits.device)
+        pred_segments = torch.stack((points - offsets[..., 0] * strides, points + offsets[..., 1] * strides), dim=-1)
+
+        loss = loss_dict = None
+        if labels is not None:
+            ranges = torch.tensor(self.config.detector_ranges, dtype=torch.float32, device=logits.device)[levels]
+            loss, loss_dict = self.criterion(logits, offsets, point_mask.bool(), points, strides, ranges, labels)
+
+        return ConvTransformerTemporalActionLocalizationOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=logits,
+            pred_segments=pred_segments,
+            point_mask=point_mask,
+            point_levels=levels.expand(len(logits), -1),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _make_points(self, lengths: list[int], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Position on the feature grid, stride (both float32) and level of every point, each (points,)."""
+        strides = self.config.detector_strides
+        steps = zip(lengths, strides, strict=True)
+        points = torch.cat([torch.arange(length, device=device) * stride for length, stride in steps])
+        levels = torch.cat([torch.full((length,), level, device=device) for level, length in enumerate(lengths)])
+        return points.float(), torch.tensor(strides, dtype=torch.float32, device=device)[levels], levels
+
+
+__all__ = [
+    "ConvTransformerForTemporalActionLocalization",
+    "ConvTransformerModel",
+    "ConvTransformerModelOutput",
+    "ConvTransformerPreTrainedModel",
+    "ConvTransformerTemporalActionLocalizationOutput",
+]
