@@ -1,0 +1,999 @@
+"""Annotations and features on disk in, batches for the model out; and a small real recording to try it all on.
+
+    problems = validate_annotations("annotations.json", "features", feature_size=2048, feature_stride=4, num_frames=16)
+    dataset = TemporalActionDataset(
+        "annotations.json", "features", split="training", feature_stride=4, num_frames=16,
+        max_seq_len=2304, crop_ratio=(0.9, 1.0), training=True,
+    )
+    loader = DataLoader(dataset, batch_size=2, shuffle=True, collate_fn=DataCollator(feature_extractor))
+
+    watch = WatchDataset(people=range(1, 8), bout=(8.0, 30.0), training=True)  # no files needed: seglearn brings them
+
+Annotations have ActivityNet's format: {"database": {video id: {"subset", "duration" (seconds), "fps" (optional),
+"annotations": [{"label", "label_id" (optional), "segment": [start, end] (seconds)}]}}, "labels": [names] (optional)}.
+
+A position on the feature grid is (seconds * fps - 0.5 * num_frames) / feature_stride: feature t, which covers the
+num_frames frames from frame t * feature_stride on, stands at the middle of what it covers.
+
+What is done to features and segments before training follows the release of ActionFormer (Zhang et al., ECCV 2022,
+https://arxiv.org/abs/2202.07925), called v1 below.
+"""
+
+import json
+import math
+import os
+import random
+import warnings
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from .evaluation import remove_duplicates
+
+__all__ = [
+    "WATCH_FPS",
+    "WATCH_LABELS",
+    "DataCollator",
+    "TemporalActionDataset",
+    "WatchDataset",
+    "label_names",
+    "load_annotations",
+    "load_watch_recordings",
+    "resize_features",
+    "splice_watch_session",
+    "truncate_features",
+    "validate_annotations",
+    "window_features",
+]
+
+# An end may lie this far (seconds) past the duration before the validator says so: annotators round to 0.1 s.
+_END_TOLERANCE = 0.1
+
+# A feature file may be this many features shorter or longer than the duration says, whatever the relative tolerance:
+# extractors differ in how they treat the last frames.
+_LENGTH_SLACK = 2
+
+
+# --- Annotations ----------------------------------------------------------------------------------------------------
+
+
+def load_annotations(path: str | os.PathLike) -> dict:
+    """Read an annotation file of ActivityNet's format (see the top of this module).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, or has no "database" of videos.
+    """
+    try:
+        annotations = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(annotations, dict) or not isinstance(annotations.get("database"), dict):
+        found = sorted(annotations) if isinstance(annotations, dict) else f"a {type(annotations).__name__}"
+        raise ValueError(
+            f'{path} must hold {{"database": {{video id: {{"subset", "duration", "annotations"}}}}}}, but holds {found}.'
+        )
+    return annotations
+
+
+def label_names(annotations: Mapping) -> list[str]:
+    """The class names, such that the position of a name is its class id.
+
+    The order is that of the file's own "labels" if it has them, else that of the label ids, else alphabetical. Ids
+    without any annotation (EPIC-KITCHENS has some) get the name that transformers gives to unnamed classes, "LABEL_3".
+
+    Raises:
+        ValueError: the ids contradict one another, or only some labels have one; all contradictions are listed.
+    """
+    conflicts = [f"{video_id}: {problem}" for video_id, problem in _label_conflicts(annotations)]
+    if conflicts:
+        raise ValueError("The labels are ambiguous:\n" + "\n".join(conflicts))
+    if annotations.get("labels") is not None:
+        return list(annotations["labels"])
+    id_of = {label: label_id for _, label, label_id in _labels(annotations)}
+    if None in id_of.values():
+        return sorted(id_of)
+    name_of = {label_id: label for label, label_id in id_of.items()}
+    return [name_of.get(label_id, f"LABEL_{label_id}") for label_id in range(max(name_of, default=-1) + 1)]
+
+
+def _labels(annotations: Mapping) -> Iterator[tuple[str, str, Any]]:
+    """(video id, label, label_id or None) of every annotation that has a label; malformed entries are passed over."""
+    for video_id, entry in annotations["database"].items():
+        found = entry.get("annotations") if isinstance(entry, Mapping) else None
+        for annotation in found if isinstance(found, list) else []:
+            if isinstance(annotation, Mapping) and isinstance(annotation.get("label"), str):
+                yield video_id, annotation["label"], annotation.get("label_id")
+
+
+def _label_conflicts(annotations: Mapping) -> Iterator[tuple[str, str]]:
+    """(video id, problem) where labels and ids contradict one another. Each pair of label and id is blamed once."""
+    listed = annotations.get("labels")
+    id_of = {name: label_id for label_id, name in enumerate(listed or [])}
+    name_of = {label_id: name for name, label_id in id_of.items()}
+    seen, without_id = set(), {}
+    for video_id, label, label_id in _labels(annotations):
+        if (label, repr(label_id)) in seen:
+            continue
+        seen.add((label, repr(label_id)))
+        if listed is not None and label not in listed:
+            yield video_id, f'label {label!r} is not among the {len(listed)} "labels" of the file; add or correct it'
+        elif label_id is None:
+            without_id[label] = video_id
+        elif not isinstance(label_id, Integral) or isinstance(label_id, bool) or label_id < 0:
+            yield video_id, f"label_id of {label!r} is {label_id!r}, expected an integer >= 0"
+        elif id_of.setdefault(label, label_id) != label_id:
+            yield video_id, f"label {label!r} has the ids {id_of[label]} and {label_id}, expected one"
+        elif name_of.setdefault(label_id, label) != label:
+            yield video_id, f"label_id {label_id} stands for {name_of[label_id]!r} and {label!r}, expected one label"
+    if listed is None and id_of:
+        for label, video_id in without_id.items():
+            yield video_id, f"label {label!r} has no label_id here, but there are ids elsewhere; give all or none"
+
+
+# --- Validation -----------------------------------------------------------------------------------------------------
+
+
+def validate_annotations(
+    annotations: Mapping | str | os.PathLike,
+    feature_folder: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    feature_size: int | None = None,
+    fps: float | None = None,
+    feature_stride: float | None = None,
+    num_frames: float | None = None,
+    file_prefix: str = "",
+    file_ext: str | None = None,
+    length_tolerance: float = 0.1,
+) -> list[str]:
+    """Everything that is wrong with annotations, and with the features that belong to them, in one go.
+
+    Args:
+        annotations: the content of an annotation file, or its path.
+        feature_folder: also check the feature file of each video: that it is there, can be read, and holds finite
+            numbers of shape (time, channels). All of it is read. Several folders as in `TemporalActionDataset`.
+        feature_size: the number of channels to expect; None: not checked.
+        fps: frames per second, for videos whose entry has none.
+        feature_stride, num_frames: frames from one feature to the next, and frames that one feature covers
+            (None: the stride). With a stride given, lengths are compared with the durations.
+        file_prefix, file_ext: as in `TemporalActionDataset`.
+        length_tolerance: relative difference between the length of the features and the duration that is still fine
+            (two features more or less always are).
+
+    Returns:
+        One message per problem, each beginning with the video id, in the order of the file; [] if all is well. A file
+        that cannot be read, or has no videos, gives the one message that says so.
+    """
+    if not isinstance(annotations, Mapping):
+        try:
+            annotations = load_annotations(annotations)
+        except (OSError, ValueError) as error:
+            return [str(error)]
+    if not isinstance(annotations.get("database"), Mapping) or not annotations["database"]:
+        return ["annotations: there are no videos, expected a dictionary of them under 'database'"]
+
+    listed, problems = annotations.get("labels"), []
+    if listed is not None and not _is_list_of_names(listed):
+        problems.append("annotations: 'labels' must be a list of different class names; ids are checked without it")
+        annotations = {**annotations, "labels": None}
+    conflicts = defaultdict(list)
+    for video_id, problem in _label_conflicts(annotations):
+        conflicts[video_id].append(problem)
+
+    for video_id, entry in annotations["database"].items():
+        found = [*_entry_problems(entry), *conflicts[video_id]]
+        if feature_folder is not None:
+            entry = entry if isinstance(entry, Mapping) else {}
+            try:
+                paths = _feature_paths(feature_folder, video_id, file_prefix, file_ext)
+                features = _open_features(paths, feature_size)
+                found += _value_problems(features)
+                if feature_stride is not None:
+                    fps_here = entry.get("fps", fps)
+                    found += _length_problems(
+                        len(features), entry.get("duration"), fps_here, feature_stride, num_frames, length_tolerance
+                    )
+            except (OSError, ValueError) as error:
+                found.append(str(error))
+        problems += [f"{video_id}: {problem}" for problem in found]
+    return problems
+
+
+def _is_list_of_names(labels: Any) -> bool:
+    return isinstance(labels, list) and all(isinstance(name, str) for name in labels) and len({*labels}) == len(labels)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _entry_problems(entry: Any) -> Iterator[str]:
+    """What is wrong with one video's entry by itself."""
+    if not isinstance(entry, Mapping):
+        yield f"the entry is a {type(entry).__name__}, expected a dictionary with 'subset', 'duration', 'annotations'"
+        return
+    for key in ("subset", "duration", "annotations"):
+        if key not in entry:
+            yield f"there is no {key!r} (found {sorted(map(str, entry))})"
+    subset, duration, annotations = (
+        entry.get("subset", "any"),
+        entry.get("duration", 1.0),
+        entry.get("annotations", []),
+    )
+    if not isinstance(subset, str) or not subset:
+        yield f"subset is {subset!r}, expected a name such as 'training'"
+    if not _is_number(duration) or duration <= 0:
+        yield f"duration is {duration!r}, expected a number of seconds > 0"
+    if "fps" in entry and (not _is_number(entry["fps"]) or entry["fps"] <= 0):
+        yield f"fps is {entry['fps']!r}, expected a number of frames per second > 0"
+    if not isinstance(annotations, list):
+        yield f"annotations is a {type(annotations).__name__}, expected a list"
+        return
+
+    limit = entry["duration"] if "duration" in entry and _is_number(duration) and duration > 0 else math.inf
+    first = {}
+    for index, annotation in enumerate(annotations):
+        yield from (f"annotation {index}: {problem}" for problem in _annotation_problems(annotation, limit))
+        if isinstance(annotation, Mapping):
+            key = repr((annotation.get("label"), annotation.get("segment")))
+            if first.setdefault(key, index) != index:
+                yield f"annotation {index}: repeats annotation {first[key]} (same label, same segment); remove one"
+
+
+def _annotation_problems(annotation: Any, duration: float) -> Iterator[str]:
+    if not isinstance(annotation, Mapping):
+        yield f"is a {type(annotation).__name__}, expected a dictionary with 'label' and 'segment'"
+        return
+    for key in ("label", "segment"):
+        if key not in annotation:
+            yield f"there is no {key!r} (found {sorted(map(str, annotation))})"
+    label, segment = annotation.get("label", "any"), annotation.get("segment", [0.0, 0.0])
+    if not isinstance(label, str) or not label:
+        yield f"label is {label!r}, expected a class name"
+    if "segment" not in annotation:
+        return
+    if not isinstance(segment, Sequence) or len(segment) != 2 or not all(_is_number(value) for value in segment):
+        yield f"segment is {segment!r}, expected two finite numbers, start and end in seconds"
+        return
+    start, end = segment
+    if start < 0:
+        yield f"the segment {list(segment)} starts before 0 s"
+    if start >= end:
+        yield f"the segment {list(segment)} has its start at or after its end"
+    if end > duration + _END_TOLERANCE:
+        yield f"the segment {list(segment)} ends past the duration, {duration} s; are both in seconds?"
+
+
+def _value_problems(features: np.ndarray) -> Iterator[str]:
+    finite = np.isfinite(features)
+    if not finite.all():
+        time, channel = np.argwhere(~finite)[0]
+        yield (
+            f"{(~finite).sum()} of {finite.size} feature values are NaN or infinite, the first one "
+            f"({features[time, channel]}) at time {time}, channel {channel}; extract them again"
+        )
+
+
+def _length_problems(
+    length: int, duration: Any, fps: Any, feature_stride: float, num_frames: float | None, tolerance: float
+) -> Iterator[str]:
+    if fps is None:
+        yield "there is no fps, so the length of the features cannot be checked; add it to the entry or pass fps"
+    if not (_is_number(duration) and _is_number(fps) and duration > 0 and fps > 0):
+        return  # _entry_problems has said so
+    num_frames = feature_stride if num_frames is None else num_frames
+    expected = (duration * fps - num_frames) / feature_stride + 1
+    if abs(length - expected) > max(tolerance * expected, _LENGTH_SLACK):
+        yield (
+            f"there are {length} features, but {duration} s at {fps} fps with stride {feature_stride} make "
+            f"{expected:.0f}; check fps, feature_stride and whether the file is complete"
+        )
+
+
+# --- Feature files --------------------------------------------------------------------------------------------------
+
+
+def _feature_paths(
+    folders: str | os.PathLike | Sequence[str | os.PathLike], video_id: str, prefix: str, ext: str | None
+) -> list[Path]:
+    """The feature file of a video in each folder. Raises FileNotFoundError, naming what was looked for."""
+    paths = []
+    for folder in [folders] if isinstance(folders, str | os.PathLike) else folders:
+        candidates = [Path(folder) / f"{prefix}{video_id}{suffix}" for suffix in ([ext] if ext else [".npy", ".npz"])]
+        found = next((path for path in candidates if path.is_file()), None)
+        if found is None:
+            names = " or ".join(path.name for path in candidates)
+            raise FileNotFoundError(f"there is no {names} in {folder}; check file_prefix, file_ext and the folder")
+        paths.append(found)
+    return paths
+
+
+def _open_features(paths: Sequence[Path], feature_size: int | None = None) -> np.ndarray:
+    """(time, channels) as stored: one .npy file stays on disk (memory-mapped); the streams of several files are
+    joined along the channels. Raises ValueError if they are not numbers of that shape."""
+    streams = [_open_array(path) for path in paths]
+    if len({len(stream) for stream in streams}) > 1:
+        shapes = {str(path): stream.shape for path, stream in zip(paths, streams, strict=True)}
+        raise ValueError(f"the streams differ in length: {shapes}; extract them with the same stride")
+    features = streams[0] if len(streams) == 1 else np.concatenate(streams, axis=1)
+    if feature_size is not None and features.shape[1] != feature_size:
+        hint = "the channels seem to come first: transpose it" if len(features) == feature_size else "check the folder"
+        raise ValueError(
+            f"{paths[0].name} has shape {features.shape}, expected (time, channels) with {feature_size} channels; {hint}"
+        )
+    if len(features) == 0:
+        raise ValueError(f"{paths[0].name} holds no features: its shape is {features.shape}; extract them again")
+    return features
+
+
+def _open_array(path: Path) -> np.ndarray:
+    try:
+        # Features are numbers: a file that needs allow_pickle is not opened, because unpickling can run any code.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(array, np.lib.npyio.NpzFile):
+            with array as archive:
+                names = [name for name in ("feats", "features") if name in archive.files] or archive.files
+                if names[1:] and not {"feats", "features"} & {*names}:
+                    raise ValueError(f"it holds {names}: name the features 'feats' or 'features'")
+                array = archive[names[0]]
+    except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile) as error:
+        hint = "save it as numbers, numpy.save(path, features.astype(numpy.float32))"
+        if "object" in str(error).lower():
+            raise ValueError(f"{path.name} holds Python objects (dtype object), expected numbers; {hint}") from error
+        raise ValueError(f"{path.name} cannot be read ({error or type(error).__name__}); {hint}") from error
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{path.name} holds values of dtype {array.dtype}, expected numbers")
+    if array.ndim != 2:
+        raise ValueError(f"{path.name} has shape {array.shape}, expected (time, channels)")
+    return array
+
+
+# --- Geometry and augmentation --------------------------------------------------------------------------------------
+
+
+def resize_features(features: np.ndarray, length: int) -> np.ndarray:
+    """Linear interpolation in time from (T, channels) to (length, channels), float32; ends of the time axis are
+    aligned as ends of the first and last feature (not as their middles), as v1 does for ActivityNet."""
+    channels_first = torch.from_numpy(np.array(features, dtype=np.float32)).T[None]
+    return F.interpolate(channels_first, size=length, mode="linear", align_corners=False)[0].T.contiguous().numpy()
+
+
+def truncate_features(
+    features: np.ndarray,
+    segments: np.ndarray,
+    class_labels: np.ndarray,
+    max_seq_len: int,
+    trunc_thresh: float,
+    offset: float,
+    crop_ratio: tuple[float, float] | None = None,
+    max_num_trials: int = 200,
+    rng: random.Random | ModuleType | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut a random stretch out of a long video, or crop a short one a little: v1's augmentation, draw for draw.
+
+    Args:
+        features: (T, channels).
+        segments: (N, 2) start and end on the feature grid.
+        class_labels: (N,).
+        max_seq_len: features to keep. A video that is not longer stays whole, or is cropped if `crop_ratio` is given.
+        trunc_thresh: a segment stays if at least this share of it, in (0, 1], lies in the stretch; it is then
+            clipped to it.
+        offset: how far, in features, the stretch reaches past the middles of its first and last feature:
+            0.5 * num_frames / feature_stride.
+        crop_ratio: the shortest and longest share of a short video to keep.
+        max_num_trials: stretches to draw until one holds a segment. If none does, the last one is taken, without any.
+        rng: draws with `randint`; None: Python's `random` module, which torch seeds in each worker of a DataLoader.
+
+    Returns:
+        The stretch of the features (a view), its segments (n, 2) float32, counted from its own start, and their
+        class labels (n,).
+    """
+    rng = random if rng is None else rng
+    length = len(features)
+    if length <= max_seq_len:
+        if crop_ratio is None:
+            return features, segments, class_labels
+        shortest, longest = (round(ratio * length) for ratio in crop_ratio)
+        max_seq_len = rng.randint(max(shortest, 1), min(longest, length))
+        if max_seq_len == length:
+            return features, segments, class_labels
+
+    segments = np.asarray(segments, dtype=np.float32)
+    for _ in range(max_num_trials):
+        start = rng.randint(0, length - max_seq_len)
+        clipped, keep = _clip_segments(segments, start - offset, start + max_seq_len + offset, trunc_thresh)
+        if keep.any() or len(segments) == 0:
+            break
+    return features[start : start + max_seq_len], clipped[keep] - np.float32(start), class_labels[keep]
+
+
+def _clip_segments(segments: np.ndarray, left: float, right: float, min_share: float) -> tuple[np.ndarray, np.ndarray]:
+    """The segments (N, 2) clipped to [left, right], and whether at least `min_share` of each one lies there (N,)."""
+    clipped = segments.clip(np.float32(left), np.float32(right))
+    length = segments[:, 1] - segments[:, 0]
+    share = np.divide(clipped[:, 1] - clipped[:, 0], length, out=np.zeros_like(length), where=length > 0)
+    return clipped, share >= np.float32(min_share)
+
+
+# --- Datasets -------------------------------------------------------------------------------------------------------
+
+
+class _DrawsAnew:
+    """Counts what a seeded dataset needs to draw something new at each access, and the same in each run."""
+
+    def __init__(self) -> None:
+        self._epoch, self._reads = 0, Counter()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the draws of this epoch differ from those of other epochs. The Trainer calls it; call it yourself, before
+        each epoch, in a loop of your own whose DataLoader has workers: they start as copies of this dataset, so the
+        accesses that they count are forgotten with them. (Without workers each access differs anyway.)"""
+        self._epoch, self._reads = epoch, Counter()
+
+    def _draw(self, index: int) -> tuple[int, int]:
+        return self._epoch, self._reads[index]
+
+
+@dataclass(frozen=True)
+class _Video:
+    video_id: str
+    paths: list[Path]
+    fps: float
+    duration: float | None  # seconds
+    segments: np.ndarray  # (N, 2) float64, seconds
+    class_labels: np.ndarray  # (N,) int64
+
+
+class TemporalActionDataset(_DrawsAnew, Dataset):
+    """Videos as features on disk, with their annotated segments.
+
+    An item is {"video_id": str, "features": (T, channels) float32, "segments": (N, 2) float32 on the feature grid,
+    "class_labels": (N,) int64, "geometry": {"fps", "feature_stride", "num_frames", "duration" (seconds or None)}}.
+    N may be 0. When training, a cut video counts its segments from the start of the stretch that was kept. Values are
+    not checked for NaN here; the feature extractor does that.
+
+    Args:
+        annotations: the content of an annotation file, or its path; see `load_annotations`, `validate_annotations`.
+        feature_folder: holds one file per video, of shape (time, channels): `.npy` (read through a memory map: only the
+            stretch that is used is read) or `.npz` (its only array, or the one named "feats" or "features"). Several
+            folders hold several streams, which are joined along the channels in the order given (v1's Ego4D).
+        split: name or names of the subsets to take, in any case; None: all videos.
+        fps: frames per second of all videos; None: each entry's own.
+        feature_stride: frames from one feature to the next.
+        num_frames: frames that one feature covers.
+        label2id: class name to id; None: the position in `label_names`. Several names may share an id:
+            `dict.fromkeys(label_names(annotations), 0)` makes class-agnostic proposals, as v1 on ActivityNet.
+        max_seq_len, trunc_thresh, crop_ratio: see `truncate_features`; they act only when training. No max_seq_len: no
+            video is too long.
+        resize_to: interpolate all videos to this number of features, as v1 does for ActivityNet. Then each video has
+            its own stride, in frames, and num_frames equals it. When training, segments of which less than
+            `trunc_thresh` lies inside the features are left out: some of ActivityNet's videos lack their last frames.
+        downsample_rate: take each n-th feature; the stride grows accordingly.
+        training: augment.
+        file_prefix, file_ext: a feature file is called prefix + video id + extension; extension None: ".npy", and
+            where there is none, ".npz".
+        deduplicate: leave out annotations that repeat another one or are shorter than 1 ms
+            (`evaluation.remove_duplicates`), as v1 does for ActivityNet.
+        skip_missing: leave out videos without a feature file, with a warning, instead of raising. (v1 leaves them out
+            silently.)
+        feature_size: number of channels; None: that of the first video. A file with another number raises when it is
+            read, and the message says if it is transposed.
+        seed: augment by (seed, epoch, index, number of accesses); None: by Python's `random`, which torch seeds in
+            each worker of a DataLoader.
+
+    Attributes:
+        video_ids: in the order of the items.
+        label2id, id2label: class name to id and back.
+        feature_size: number of channels.
+
+    Raises:
+        FileNotFoundError: videos without a feature file; all are listed.
+        ValueError: settings out of range; an unknown split; no videos; no fps; labels that are ambiguous or not in
+            label2id; malformed segments. At access: a feature file that cannot be used.
+    """
+
+    def __init__(
+        self,
+        annotations: Mapping | str | os.PathLike,
+        feature_folder: str | os.PathLike | Sequence[str | os.PathLike],
+        split: str | Sequence[str] | None = None,
+        fps: float | None = None,
+        *,
+        feature_stride: float,
+        num_frames: float,
+        label2id: Mapping[str, int] | None = None,
+        max_seq_len: int | None = None,
+        trunc_thresh: float = 0.5,
+        crop_ratio: tuple[float, float] | None = None,
+        resize_to: int | None = None,
+        downsample_rate: int = 1,
+        training: bool = False,
+        file_prefix: str = "",
+        file_ext: str | None = None,
+        deduplicate: bool = False,
+        skip_missing: bool = False,
+        feature_size: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in {"feature_stride": feature_stride, "num_frames": num_frames, "fps": fps}.items():
+            if value is not None and not (_is_number(value) and value > 0):
+                raise ValueError(f"{name} must be a number > 0, but is {value!r}.")
+        for name, value in {
+            "max_seq_len": max_seq_len,
+            "resize_to": resize_to,
+            "downsample_rate": downsample_rate,
+        }.items():
+            if value is not None and not (isinstance(value, Integral) and value >= 1):
+                raise ValueError(f"{name} must be a whole number >= 1, but is {value!r}.")
+        if not 0 < trunc_thresh <= 1:
+            raise ValueError(f"trunc_thresh must be a share in (0, 1], but is {trunc_thresh!r}.")
+        if crop_ratio is not None and not (len(crop_ratio) == 2 and 0 < crop_ratio[0] <= crop_ratio[1] <= 1):
+            raise ValueError(f"crop_ratio must be two rising shares in (0, 1], but is {crop_ratio!r}.")
+        if resize_to is not None and downsample_rate != 1:
+            raise ValueError(f"Choose one: resize_to is {resize_to} and downsample_rate is {downsample_rate}.")
+        self.feature_stride, self.num_frames = feature_stride, num_frames
+        self.max_seq_len, self.trunc_thresh, self.crop_ratio = max_seq_len, trunc_thresh, crop_ratio
+        self.resize_to, self.downsample_rate = resize_to, downsample_rate
+        self.training, self.seed = training, seed
+
+        if not isinstance(annotations, Mapping):
+            annotations = load_annotations(annotations)
+        if label2id is None:
+            label2id = {name: label_id for label_id, name in enumerate(label_names(annotations))}
+        self.label2id, self.id2label = dict(label2id), {}
+        for name, label_id in label2id.items():
+            self.id2label[label_id] = name if label_id not in self.id2label else f"LABEL_{label_id}"
+
+        self._videos, missing = [], []
+        for video_id, entry in _select_split(annotations["database"], split).items():
+            try:
+                paths = _feature_paths(feature_folder, video_id, file_prefix, file_ext)
+            except FileNotFoundError as error:
+                missing.append(f"{video_id}: {error}")
+                continue
+            self._videos.append(_read_entry(video_id, entry, paths, fps, self.label2id, deduplicate))
+        if missing and not skip_missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(missing) + len(self._videos)} videos have no feature file "
+                "(skip_missing=True leaves them out):\n" + "\n".join(missing)
+            )
+        if missing:
+            warnings.warn(f"{len(missing)} of {len(missing) + len(self._videos)} videos left out: no feature file.")
+        if not self._videos:
+            raise ValueError(f"There is no video to read: all are missing in {feature_folder}, or the split is empty.")
+        self.video_ids = [video.video_id for video in self._videos]
+        self.feature_size = feature_size
+        self.feature_size = self.open_features(0).shape[1]
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        video = self._videos[index]
+        features = self.open_features(index)[:: self.downsample_rate]
+        feature_stride, num_frames = self.feature_stride * self.downsample_rate, self.num_frames
+        if self.resize_to is not None:
+            # The new features share out the frames from the first to the last that the old ones cover.
+            feature_stride = num_frames = ((len(features) - 1) * feature_stride + num_frames) / self.resize_to
+            features = resize_features(features, self.resize_to)
+
+        segments, class_labels = video.segments * video.fps - 0.5 * num_frames, video.class_labels
+        segments = (segments / feature_stride).astype(np.float32)
+        if self.training:
+            features, segments, class_labels = self._augment(
+                index, features, segments, class_labels, offset=0.5 * num_frames / feature_stride
+            )
+        return {
+            "video_id": video.video_id,
+            "features": np.array(
+                features, dtype=np.float32
+            ),  # a copy: memory maps are read-only, and here reading ends
+            "segments": segments,
+            "class_labels": class_labels,
+            "geometry": {
+                "fps": video.fps,
+                "feature_stride": feature_stride,
+                "num_frames": num_frames,
+                "duration": video.duration,
+            },
+        }
+
+    def _augment(
+        self, index: int, features: np.ndarray, segments: np.ndarray, class_labels: np.ndarray, offset: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if self.resize_to is not None:
+            segments, keep = _clip_segments(segments, -np.inf, len(features) + offset, self.trunc_thresh)
+            segments, class_labels = segments[keep], class_labels[keep]
+        rng = None if self.seed is None else random.Random(str((self.seed, index, *self._draw(index))))
+        self._reads[index] += 1
+        return truncate_features(
+            features,
+            segments,
+            class_labels,
+            self.max_seq_len or len(features),
+            self.trunc_thresh,
+            offset,
+            self.crop_ratio,
+            rng=rng,
+        )
+
+    def open_features(self, index: int) -> np.ndarray:
+        """(time, channels) as stored, before anything is done to them; a `.npy` file comes as a read-only memory map.
+
+        Raises:
+            ValueError: unreadable, not numbers, or not of that shape; the message names the video.
+        """
+        video = self._videos[index]
+        try:
+            return _open_features(video.paths, self.feature_size)
+        except ValueError as error:
+            raise ValueError(f"{video.video_id}: {error}") from error
+
+    def ground_truth(self) -> dict[str, dict[str, np.ndarray]]:
+        """{video id: {"segments": (N, 2) seconds, "labels": (N,)}} of all videos, uncut: what
+        `evaluation.evaluate_detections` compares with."""
+        return {video.video_id: {"segments": video.segments, "labels": video.class_labels} for video in self._videos}
+
+
+def _select_split(database: Mapping, split: str | Sequence[str] | None) -> dict:
+    if split is None:
+        return dict(database)
+    wanted = {name.lower() for name in ([split] if isinstance(split, str) else split)}
+    subset_of = {video_id: str(entry.get("subset", "")).lower() for video_id, entry in database.items()}
+    if wanted - {*subset_of.values()}:
+        raise ValueError(
+            f"There is no subset {sorted(wanted - {*subset_of.values()})}; the annotations have "
+            f"{dict(Counter(subset_of.values()))} (subset and number of videos)."
+        )
+    return {video_id: entry for video_id, entry in database.items() if subset_of[video_id] in wanted}
+
+
+def _read_entry(
+    video_id: str, entry: Mapping, paths: list[Path], fps: float | None, label2id: Mapping[str, int], deduplicate: bool
+) -> _Video:
+    fps, duration = (entry.get("fps") if fps is None else fps), entry.get("duration")
+    if not _is_number(fps) or fps <= 0:
+        raise ValueError(f"{video_id}: its entry says fps {fps!r}, expected a number > 0; correct it or pass fps=.")
+    if duration is not None and (not _is_number(duration) or duration <= 0):
+        raise ValueError(
+            f"{video_id}: its duration is {duration!r}, expected seconds > 0; validate_annotations helps."
+        )
+    annotations = entry.get("annotations") or []
+    try:
+        labels = np.array([annotation["label"] for annotation in annotations], dtype=str)
+        segments = np.array([annotation["segment"] for annotation in annotations], dtype=np.float64)
+        segments = segments.reshape(len(annotations), 2)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'{video_id}: each annotation must have a "label" and a "segment" of two numbers ({error!r}); '
+            "validate_annotations lists all that is wrong."
+        ) from error
+    bad = ~(segments[:, 0] <= segments[:, 1]) | ~np.isfinite(segments).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"{video_id}: the segment {segments[bad][0].tolist()} is not a start and an end in seconds; "
+            "validate_annotations lists all that is wrong."
+        )
+    unknown = sorted({*labels.tolist()} - {*label2id})
+    if unknown:
+        raise ValueError(f"{video_id}: label2id has no {unknown}; it has {len(label2id)} names: add or correct them.")
+    if deduplicate:
+        segments, labels = remove_duplicates(segments, labels)
+    class_labels = np.array([label2id[label] for label in labels.tolist()], dtype=np.int64)
+    return _Video(video_id, paths, float(fps), duration, segments, class_labels)
+
+
+@dataclass
+class DataCollator:
+    """Items of a dataset to what the model takes: {"input_features" (batch, T, channels), "attention_mask" (batch, T),
+    "labels" [{"segments" (N, 2), "class_labels" (N,)}, ...]}.
+
+    Args:
+        feature_extractor: a `ConvTransformerFeatureExtractor`: checks and pads the features.
+        max_length: passed to it; None: pad to the longest of the batch.
+        return_metadata: also "video_ids" and "geometry", lists with one entry per item, for turning the model's output
+            into seconds. The model itself does not take them.
+    """
+
+    feature_extractor: Any
+    max_length: int | None = None
+    return_metadata: bool = False
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        video_ids = [item["video_id"] for item in items]
+        length = {} if self.max_length is None else {"max_length": self.max_length, "padding": "max_length"}
+        batch = dict(
+            self.feature_extractor(
+                [item["features"] for item in items], names=video_ids, return_tensors="pt", **length
+            )
+        )
+        batch["labels"] = [
+            {
+                "segments": torch.as_tensor(item["segments"], dtype=torch.float32),
+                "class_labels": torch.as_tensor(item["class_labels"], dtype=torch.long),
+            }
+            for item in items
+        ]
+        if self.return_metadata:
+            batch |= {"video_ids": video_ids, "geometry": [item["geometry"] for item in items]}
+        return batch
+
+
+# --- Shoulder exercises, recorded by a watch ------------------------------------------------------------------------
+
+# The exercises of Burns et al. (2018), in the order of seglearn's class ids. seglearn calls them PEN, ABD, FEL, IR, ER,
+# TRAP and ROW; the names are those of the authors' data set, https://github.com/dmbee/SPAR-dataset.
+WATCH_LABELS = [
+    "pendulum",
+    "abduction",
+    "forward elevation",
+    "internal rotation",
+    "external rotation",
+    "lower trapezius row",
+    "bent over row",
+]
+
+WATCH_FPS = 50  # samples per second
+
+_WATCH_SIDES = ("left", "right")  # seglearn's 0 and 1
+
+# The made pauses: a wrist that hangs and sways a little, as watches see it.
+_GLIDE = 1.0  # seconds from a recording to the still pose and back
+_POSE_SPREAD = 0.15  # g, each axis: how much the pose differs from pause to pause
+_SWAY = 0.03  # g
+_SWAY_PERIOD = (3.0, 6.0)  # seconds
+_NOISE = (0.01, 0.01, 0.01, 0.05, 0.05, 0.05)  # g, g, g, rad/s, rad/s, rad/s
+
+
+def load_watch_recordings() -> list[dict[str, Any]]:
+    """140 recordings of shoulder exercises by a watch: ten people, both arms, seven exercises each.
+
+    Burns et al., "Shoulder physiotherapy exercise recognition: machine learning the inertial signals from a
+    smartwatch" (2018), https://arxiv.org/abs/1802.01489, in the part that the package seglearn (BSD licence) brings
+    along. Each recording is one set of 20 repetitions, 19 to 53 seconds, without rest.
+
+    Returns:
+        [{"person": 1 to 10, "side": "left" or "right", "label": one of `WATCH_LABELS`, "signal": (n, 6) float32 at
+        50 Hz: acceleration x, y, z in g and angular velocity x, y, z in rad/s}, ...] in seglearn's order.
+
+    Raises:
+        ImportError: seglearn is not installed.
+    """
+    try:
+        from seglearn.datasets import load_watch
+    except ImportError as error:
+        raise ImportError(
+            "The watch recordings come with the package seglearn, which is not installed: "
+            'pip install "modeling-convtransformer[demo]"'
+        ) from error
+    # load_watch unpickles a file. It ships inside seglearn's own wheel, so it is trusted like that package's code,
+    # which was just imported; no other file is ever unpickled here.
+    data = load_watch()
+    return [
+        {
+            "person": int(person),
+            "side": _WATCH_SIDES[int(side)],
+            "label": WATCH_LABELS[int(label)],
+            "signal": np.ascontiguousarray(signal, dtype=np.float32),
+        }
+        for person, side, label, signal in zip(data["subject"], data["side"], data["y"], data["X"], strict=True)
+    ]
+
+
+def splice_watch_session(
+    recordings: Sequence[Mapping[str, Any]],
+    rng: np.random.Generator,
+    pause: tuple[float, float] = (3.0, 8.0),
+    bout: tuple[float, float] | None = None,
+) -> dict[str, np.ndarray]:
+    """One long session out of the recordings of one arm: in random order, with unlabelled pauses around them.
+
+    The exercises are real, untouched; the pauses are SYNTHETIC, because the recordings hold no rest. In a pause all six
+    channels glide (raised cosine, up to 1 s at each end) from the last sample of one recording to a still pose, and on
+    to the first sample of the next. The pose is gravity, 1 g, about where it points at the recordings' ends, turned a
+    little at random; slow sway and sensor noise come on top. Real rest is less even (people scratch, drink and walk
+    about), so scores on such sessions say more about telling exercises apart than about telling them from daily life.
+
+    Args:
+        recordings: of one person and side, from `load_watch_recordings`.
+        rng: draws the order, the pauses and the bouts.
+        pause: shortest and longest pause, in seconds.
+        bout: shortest and longest piece, in seconds, to cut at random out of each recording (augmentation for
+            training; a shorter recording is taken whole); None: all of each recording.
+
+    Returns:
+        {"signal": (n, 6) float32 at 50 Hz, "segments": (N, 2) float64 seconds, "labels": (N,) int64, the positions in
+        `WATCH_LABELS`}, in order of time; n / 50 is the duration. Samples segment * 50 are those of the recording.
+
+    Raises:
+        ValueError: no recordings, several people or sides, or bounds that do not rise from 0.
+    """
+    arms = {(recording["person"], recording["side"]) for recording in recordings}
+    if len(arms) != 1:
+        raise ValueError(f"A session is one arm's, but the {len(recordings)} recordings are of {sorted(arms)}.")
+    for name, bounds in {"pause": pause, "bout": bout}.items():
+        if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] <= bounds[1] < math.inf):
+            raise ValueError(f"{name} must be a shortest and a longest time in seconds, but is {bounds!r}.")
+    if bout is not None and round(bout[0] * WATCH_FPS) < 1:
+        raise ValueError(f"bout must be at least one sample, {1 / WATCH_FPS} s, but is {bout!r}.")
+
+    ordered = [recordings[index] for index in rng.permutation(len(recordings))]
+    signals = [recording["signal"] if bout is None else _cut(recording["signal"], rng, bout) for recording in ordered]
+    ends = np.concatenate([recording["signal"][[0, -1], :3] for recording in ordered])
+    gravity = np.median(ends, axis=0)
+
+    pieces = []
+    for before, after in zip([None, *signals], [*signals, None], strict=True):
+        length = round(rng.uniform(*pause) * WATCH_FPS)
+        pieces += [
+            _make_pause(
+                None if before is None else before[-1], None if after is None else after[0], length, gravity, rng
+            )
+        ]
+        pieces += [] if after is None else [after]
+    edges = np.cumsum([len(piece) for piece in pieces])[:-1]  # pauses and recordings alternate
+    return {
+        "signal": np.concatenate(pieces),
+        "segments": edges.reshape(-1, 2) / WATCH_FPS,
+        "labels": np.array([WATCH_LABELS.index(recording["label"]) for recording in ordered], dtype=np.int64),
+    }
+
+
+def _cut(signal: np.ndarray, rng: np.random.Generator, bout: tuple[float, float]) -> np.ndarray:
+    length = min(round(rng.uniform(*bout) * WATCH_FPS), len(signal))
+    start = rng.integers(len(signal) - length, endpoint=True)
+    return signal[start : start + length]
+
+
+def _make_pause(
+    before: np.ndarray | None, after: np.ndarray | None, length: int, gravity: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """(length, 6) float32: rest, gliding from the sample `before` (6,) and to the sample `after` (6,) where given."""
+    direction = gravity + rng.normal(0, _POSE_SPREAD, 3)
+    pose = np.concatenate([direction / np.linalg.norm(direction), np.zeros(3)])
+    period, phase = rng.uniform(*_SWAY_PERIOD, 3), rng.uniform(0, 2 * np.pi, 3)
+    rest = pose + rng.normal(0, _NOISE, (length, 6))
+    rest[:, :3] += _SWAY * np.sin(2 * np.pi * np.arange(length)[:, None] / (WATCH_FPS * period) + phase)
+
+    steps = min(round(_GLIDE * WATCH_FPS), length // 2)
+    fade = (0.5 + 0.5 * np.cos(np.pi * (np.arange(steps) + 0.5) / max(steps, 1)))[:, None]  # 1 to 0
+    if before is not None:
+        rest[:steps] += fade * (before - rest[:steps])
+    if after is not None:
+        rest[length - steps :] += fade[::-1] * (after - rest[length - steps :])
+    return rest.astype(np.float32)
+
+
+def window_features(signal: np.ndarray, window: int, stride: int) -> np.ndarray:
+    """Raw windows as features: (n, channels) to (T, window * channels) float32, T = (n - window) // stride + 1.
+
+    Feature t is samples t * stride to t * stride + window, sample after sample, so that fps is the sampling rate,
+    feature_stride the stride and num_frames the window. This is how Bock et al. (2024,
+    https://arxiv.org/abs/2311.15831) bring temporal action localization to wearable sensors.
+
+    Raises:
+        ValueError: the signal is not (n, channels), is shorter than a window, or window or stride is below 1.
+    """
+    signal = np.asarray(signal, dtype=np.float32)
+    if signal.ndim != 2 or window < 1 or stride < 1 or len(signal) < window:
+        raise ValueError(
+            f"Windows of {window} samples, one each {stride}, need a signal (samples, channels) of at least one window, "
+            f"but its shape is {signal.shape}. Use a longer recording or a smaller window."
+        )
+    windows = np.lib.stride_tricks.sliding_window_view(signal, window, axis=0)[::stride]
+    return windows.transpose(0, 2, 1).reshape(len(windows), -1)
+
+
+class WatchDataset(_DrawsAnew, Dataset):
+    """Sessions of shoulder exercises, spliced from the recordings of a watch: real data that needs no download.
+
+    Items are those of `TemporalActionDataset`, with raw windows as features (`window_features`); fps is 50,
+    feature_stride the stride and num_frames the window. The first session of person 3's left arm is the video
+    "person03_left_0". See `load_watch_recordings` for the data and `splice_watch_session` for what is made up in it.
+
+    Args:
+        people: 1 to 10. Train and evaluate on different ones.
+        sessions_per_side: sessions of each arm, each in its own order and with its own pauses.
+        bout, pause: see `splice_watch_session`, in seconds.
+        window, stride: samples, at 50 Hz.
+        seed: a whole number >= 0. The same seed gives the same data; a session does not depend on which other people
+            are in the dataset.
+        training: draw a new session at each access, by (seed, person, side, session, epoch, number of accesses).
+
+    Attributes:
+        video_ids: in the order of the items.
+        label2id, id2label: class name to id and back.
+        feature_size: window * 6.
+
+    Raises:
+        ImportError: seglearn is not installed.
+        ValueError: people who are not in the data, or no session.
+    """
+
+    def __init__(
+        self,
+        people: Iterable[int],
+        sessions_per_side: int = 1,
+        bout: tuple[float, float] | None = None,
+        pause: tuple[float, float] = (3.0, 8.0),
+        window: int = 50,
+        stride: int = 25,
+        seed: int = 0,
+        training: bool = False,
+    ) -> None:
+        super().__init__()
+        self.bout, self.pause, self.window, self.stride = bout, pause, window, stride
+        self.seed, self.training = seed, training
+        self._recordings = defaultdict(list)
+        for recording in load_watch_recordings():
+            self._recordings[recording["person"], recording["side"]].append(recording)
+        people = list(people)
+        known = sorted({person for person, _ in self._recordings})
+        if not people or not {*people} <= {*known} or len({*people}) < len(people) or sessions_per_side < 1:
+            raise ValueError(
+                f"people must be different ones of {known} and sessions_per_side at least 1, "
+                f"but they are {people} and {sessions_per_side}."
+            )
+        self._sessions = [
+            (person, side, session)
+            for person in people
+            for side in _WATCH_SIDES
+            for session in range(sessions_per_side)
+        ]
+        self.video_ids = [f"person{person:02d}_{side}_{session}" for person, side, session in self._sessions]
+        self.id2label = dict(enumerate(WATCH_LABELS))
+        self.label2id = {name: label_id for label_id, name in self.id2label.items()}
+        self.feature_size = window * 6
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        session = self._splice(index)
+        self._reads[index] += 1
+        grid = (session["segments"] * WATCH_FPS - 0.5 * self.window) / self.stride
+        return {
+            "video_id": self.video_ids[index],
+            "features": window_features(session["signal"], self.window, self.stride),
+            "segments": grid.astype(np.float32),
+            "class_labels": session["labels"],
+            "geometry": {
+                "fps": float(WATCH_FPS),
+                "feature_stride": self.stride,
+                "num_frames": self.window,
+                "duration": len(session["signal"]) / WATCH_FPS,
+            },
+        }
+
+    def _splice(self, index: int) -> dict[str, np.ndarray]:
+        person, side, session = self._sessions[index]
+        draw = self._draw(index) if self.training else (0, 0)
+        rng = np.random.default_rng([self.seed, person, _WATCH_SIDES.index(side), session, *draw])
+        return splice_watch_session(self._recordings[person, side], rng, self.pause, self.bout)
+
+    def signal(self, index: int) -> np.ndarray:
+        """(n, 6) float32, the raw session at 50 Hz of which item `index` is made (when training: the next such item)."""
+        return self._splice(range(len(self))[index])["signal"]
+
+    def ground_truth(self) -> dict[str, dict[str, np.ndarray]]:
+        """{video id: {"segments": (N, 2) seconds, "labels": (N,)}}, for `evaluation.evaluate_detections`.
+
+        Raises:
+            ValueError: when training, where sessions change from access to access.
+        """
+        if self.training:
+            raise ValueError("Training sessions change at each access and have no fixed truth: use training=False.")
+        sessions = {video_id: self._splice(index) for index, video_id in enumerate(self.video_ids)}
+        return {key: {"segments": value["segments"], "labels": value["labels"]} for key, value in sessions.items()}
