@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
 
@@ -32,7 +33,8 @@ _POST_PROCESSING = {
 _NMS_METHODS = ("soft", "linear", "hard", "none")
 _GEOMETRY = ("fps", "feature_stride", "num_frames", "duration")
 
-# Up to this many pairs, all decays of soft-NMS are computed at once; beyond, one row for each segment that is kept.
+# Up to this many pairs, all decays of soft-NMS are computed at once, if about all will be needed; else one row for each
+# segment that is kept.
 _MAX_PAIRS = 2**22
 
 
@@ -377,7 +379,12 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         best_scores, best_points, best_labels, first = [], [], [], 0
         for count in counts:
             flat = scores[:, first : first + count].flatten(1)
-            top, index = flat.topk(min(settings["pre_nms_topk"], flat.shape[1]), dim=1)
+            # Equal scores (saturated ones are common) stay in order of time and class, as in v1; topk leaves it open.
+            index = (
+                flat.topk(min(settings["pre_nms_topk"], flat.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
+            )
+            top, order = flat.gather(1, index).sort(dim=1, descending=True, stable=True)
+            index = index.gather(1, order)
             best_scores.append(top)
             best_points.append(index.div(classes, rounding_mode="floor") + first)
             best_labels.append(index % classes)
@@ -433,43 +440,55 @@ def suppress(
     if len(candidates) == 0:
         return candidates, scores[candidates]
 
-    # One row for each group, filled up with segments of score -1.
     candidates = candidates[groups[candidates].argsort(stable=True)]
     _, sizes = groups[candidates].unique_consecutive(return_counts=True)
-    rows = torch.arange(len(sizes)).repeat_interleave(sizes)
-    columns = torch.arange(len(candidates)) - (sizes.cumsum(0) - sizes)[rows]
-    shape = (len(sizes), int(sizes.max()))
-    index = torch.zeros(shape, dtype=torch.long)
-    index[rows, columns] = candidates
-    current = torch.full(shape, -1.0)
-    current[rows, columns] = scores[candidates]
-    starts, ends = segments[:, 0].float()[index], segments[:, 1].float()[index]
+    parts = candidates.split(sizes.tolist())
+    if method == "hard":  # v1 sorts first; the order of equal scores is the sort's
+        parts = [part[scores[part].sort(descending=True).indices] for part in parts]
 
     def decay(iou: torch.Tensor) -> torch.Tensor:
         if method == "soft":
             return iou.square_().div_(-sigma).exp_()
         return torch.where(iou >= iou_threshold, 1 - iou if method == "linear" else 0.0, 1.0)
 
+    # Groups of like size together: filling up all to the largest would cost more than suppression.
+    floor = min_score if method != "hard" else torch.finfo(torch.float32).tiny
+    by_size: dict[int, list[torch.Tensor]] = {}
+    for part in parts:
+        by_size.setdefault(len(part).bit_length(), []).append(part)
+    kept, kept_scores = zip(
+        *(_suppress_rows(segments, scores, rows, decay, floor, max_segments) for rows in by_size.values()), strict=True
+    )
+    kept, kept_scores = torch.cat(kept), torch.cat(kept_scores)
+    order = groups[kept].argsort(stable=True)
+    return kept[order], kept_scores[order]
+
+
+def _suppress_rows(segments, scores, rows: list[torch.Tensor], decay, floor: float, max_segments: int):
+    """`suppress` for groups given as indices, side by side in the rows of a matrix, filled up with scores of -1."""
+    index = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    current = nn.utils.rnn.pad_sequence([scores[row].float() for row in rows], batch_first=True, padding_value=-1.0)
+    starts, ends = segments[:, 0].float()[index], segments[:, 1].float()[index]
+    turns = min(max_segments, index.shape[1])
     decays = None
-    if shape[0] * shape[1] ** 2 <= _MAX_PAIRS:
+    if index.shape[1] <= 2 * turns and index.shape[0] * index.shape[1] ** 2 <= _MAX_PAIRS:
         pairs = overlap((starts[:, :, None], ends[:, :, None]), (starts[:, None], ends[:, None]))
         decays = decay(pairs).flatten(0, 1)
-    offsets = torch.arange(shape[0]) * shape[1]
-    floor = min_score if method != "hard" else torch.finfo(current.dtype).tiny
+    first = torch.arange(len(rows)) * index.shape[1]
     picks, pick_scores = [], []
-    for turn in range(min(max_segments, shape[1])):
+    for turn in range(turns):
         best_scores, best = current.max(dim=1)
         # A score falls below the floor only by a decay: the first choice of a group always stands.
         if turn > 0 and bool((best_scores < floor).all()):
             break
         picks.append(best)
         pick_scores.append(best_scores)
+        chosen = best[:, None]
         if decays is not None:
-            current *= decays.index_select(0, offsets + best)
+            current *= decays.index_select(0, first + best)
         else:
-            chosen = best[:, None]
             current *= decay(overlap((starts.gather(1, chosen), ends.gather(1, chosen)), (starts, ends)))
-        current.scatter_(1, best[:, None], -1.0)
+        current.scatter_(1, chosen, -1.0)
     picks, pick_scores = torch.stack(picks, 1), torch.stack(pick_scores, 1)
     keep = pick_scores >= floor
     keep[:, 0] = True
@@ -482,12 +501,15 @@ def vote(kept: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor, set
     if len(kept) == 0:
         return kept
     iou = overlap((kept[:, None, 0], kept[:, None, 1]), (candidates[None, :, 0], candidates[None, :, 1]), eps=0.0)
-    weights = (iou >= settings["voting_thresh"]) * scores[None] * iou
-    return weights @ candidates / weights.sum(dim=1, keepdim=True)
+    # (two empty segments have no IoU: not a number, which is not above any threshold)
+    weights = torch.where(iou >= settings["voting_thresh"], scores[None] * iou, 0.0)
+    total = weights.sum(dim=1, keepdim=True)
+    return torch.where(total > 0, weights @ candidates / total.clamp(min=torch.finfo(total.dtype).tiny), kept)
 
 
 def _best(result: dict, count: int) -> dict:
-    order = result["scores"].argsort(descending=True, stable=True)[:count]
+    # torch's own order of equal scores, as in v1
+    order = result["scores"].sort(descending=True).indices[:count]
     return {key: value[order] for key, value in result.items()}
 
 
