@@ -1,0 +1,95 @@
+"""Localize actions in one recording: a trained model and raw sensor values in, a table and a picture out.
+
+    python examples/localize.py outputs/watch/model outputs/watch/person08_left_0.npy --picture timeline.png
+
+The signal is a .npy file (samples, channels) at the rate that the model was trained on. It is cut into the windows that
+the model's preprocessor_config.json names (num_frames samples, one window every feature_stride samples).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import logging
+
+from modeling_convtransformer import ConvTransformerFeatureExtractor, ConvTransformerForTemporalActionLocalization
+from modeling_convtransformer.data import window_features
+from modeling_convtransformer.visualization import plot_timeline
+
+
+def format_table(segments: list[dict], truth: list[dict] | None) -> str:
+    """The segments found in order of time, each beside the true segment that it overlaps most."""
+    lines = [f"{'found':<22}{'start':>8}{'end':>8}{'score':>8}" + ("" if truth is None else "   truth")]
+    for found in sorted(segments, key=lambda segment: segment["start"]):
+        line = f"{found['label']:<22}{found['start']:>8.1f}{found['end']:>8.1f}{found['score']:>8.2f}"
+        if truth is not None:
+            overlaps = [min(found["end"], one["segment"][1]) - max(found["start"], one["segment"][0]) for one in truth]
+            best = int(np.argmax(overlaps)) if overlaps else -1
+            if best < 0 or overlaps[best] <= 0:
+                line += "   (nothing there)"
+            else:
+                start, end = truth[best]["segment"]
+                line += f"   {truth[best]['label']:<22}{start:>8.1f}{end:>8.1f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder written by save_pretrained")
+    parser.add_argument("signal", type=Path, help=".npy file of sensor values (samples, channels)")
+    parser.add_argument(
+        "--truth", type=Path, help='JSON to show beside: [{"label": ..., "segment": [start, end]}, ...]'
+    )
+    parser.add_argument("--picture", type=Path, help="timeline to write: .png, .svg or .pdf")
+    parser.add_argument("--threshold", type=float, default=0.3, help="least score to show (default: 0.3)")
+    options = parser.parse_args()
+    for file in (options.model, options.signal, options.truth):
+        if file is not None and not file.exists():
+            parser.error(f"there is no {file}")
+
+    logging.disable_progress_bar()
+    model = ConvTransformerForTemporalActionLocalization.from_pretrained(options.model).eval()
+    feature_extractor = ConvTransformerFeatureExtractor.from_pretrained(options.model)
+
+    try:
+        signal = np.load(options.signal, allow_pickle=False)
+        features = window_features(signal, feature_extractor.num_frames, feature_extractor.feature_stride)
+        inputs = feature_extractor(features, names=[str(options.signal)])
+    except ValueError as error:
+        parser.error(f"{options.signal}: {error}")
+    duration = len(signal) / feature_extractor.fps
+    with torch.no_grad():
+        outputs = model(**inputs)
+    found = feature_extractor.post_process_temporal_action_localization(
+        outputs, geometry={"duration": duration}, threshold=options.threshold
+    )[0]
+
+    id2label = model.config.id2label
+    segments = [
+        {"label": id2label[label], "score": score, "start": start, "end": end}
+        for (start, end), label, score in zip(
+            found["segments"].tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True
+        )
+    ]
+    truth = None if options.truth is None else json.loads(options.truth.read_text(encoding="utf-8"))
+    print(
+        f"{options.signal.name}: {duration:.0f} s, {len(segments)} segments with a score above {options.threshold}\n"
+    )
+    print(format_table(segments, truth))
+
+    if options.picture is not None:
+        ground_truth = truth and {
+            "segments": [one["segment"] for one in truth],
+            "labels": [model.config.label2id[one["label"]] for one in truth],
+        }
+        path = plot_timeline(
+            found, options.picture, id2label, ground_truth, duration=duration, title=options.signal.stem
+        )
+        print(f"\npicture: {path}")
+
+
+if __name__ == "__main__":
+    main()
