@@ -59,8 +59,11 @@ __all__ = [
 # An end may lie this far (seconds) past the duration before the validator says so: annotators round to 0.1 s.
 _END_TOLERANCE = 0.1
 
-# A feature file may be this many features shorter or longer than the duration says, whatever the relative tolerance:
-# extractors differ in how they treat the last frames.
+# The most classes that a model may have: a larger id is a mistake, and names for all ids below it would fill the memory.
+_MAX_LABELS = 1_000_000
+
+# Features may be a window and this many steps fewer or more than the duration says, whatever the relative tolerance:
+# extractors differ in how they treat the ends. (The feature extractor grants as much.)
 _LENGTH_SLACK = 2
 
 
@@ -78,12 +81,16 @@ def load_annotations(path: str | os.PathLike) -> dict:
         annotations = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(annotations, dict) or not isinstance(annotations.get("database"), dict):
-        found = sorted(annotations) if isinstance(annotations, dict) else f"a {type(annotations).__name__}"
-        raise ValueError(
-            f'{path} must hold {{"database": {{video id: {{"subset", "duration", "annotations"}}}}}}, but holds {found}.'
-        )
+    _check_database(annotations, str(path))
     return annotations
+
+
+def _check_database(annotations: Any, source: str) -> None:
+    if not isinstance(annotations, Mapping) or not isinstance(annotations.get("database"), Mapping):
+        found = sorted(annotations) if isinstance(annotations, Mapping) else f"a {type(annotations).__name__}"
+        raise ValueError(
+            f'{source} must hold {{"database": {{video id: {{"subset", "duration", "annotations"}}}}}}, but holds {found}.'
+        )
 
 
 def label_names(annotations: Mapping) -> list[str]:
@@ -95,6 +102,9 @@ def label_names(annotations: Mapping) -> list[str]:
     Raises:
         ValueError: the ids contradict one another, or only some labels have one; all contradictions are listed.
     """
+    _check_database(annotations, "annotations")
+    if annotations.get("labels") is not None and not _is_list_of_names(annotations["labels"]):
+        raise ValueError(f'"labels" must be a list of different class names, but is {annotations["labels"]!r}.')
     conflicts = [f"{video_id}: {problem}" for video_id, problem in _label_conflicts(annotations)]
     if conflicts:
         raise ValueError("The labels are ambiguous:\n" + "\n".join(conflicts))
@@ -130,8 +140,8 @@ def _label_conflicts(annotations: Mapping) -> Iterator[tuple[str, str]]:
             yield video_id, f'label {label!r} is not among the {len(listed)} "labels" of the file; add or correct it'
         elif label_id is None:
             without_id[label] = video_id
-        elif not isinstance(label_id, Integral) or isinstance(label_id, bool) or label_id < 0:
-            yield video_id, f"label_id of {label!r} is {label_id!r}, expected an integer >= 0"
+        elif not isinstance(label_id, Integral) or isinstance(label_id, bool) or not 0 <= label_id < _MAX_LABELS:
+            yield video_id, f"label_id of {label!r} is {label_id!r}, expected an integer from 0 to {_MAX_LABELS - 1}"
         elif id_of.setdefault(label, label_id) != label_id:
             yield video_id, f"label {label!r} has the ids {id_of[label]} and {label_id}, expected one"
         elif name_of.setdefault(label_id, label) != label:
@@ -167,19 +177,20 @@ def validate_annotations(
             (None: the stride). With a stride given, lengths are compared with the durations.
         file_prefix, file_ext: as in `TemporalActionDataset`.
         length_tolerance: relative difference between the length of the features and the duration that is still fine
-            (two features more or less always are).
+            (a window and two steps always are).
 
     Returns:
         One message per problem, each beginning with the video id, in the order of the file; [] if all is well. A file
         that cannot be read, or has no videos, gives the one message that says so.
     """
-    if not isinstance(annotations, Mapping):
-        try:
+    try:
+        if not isinstance(annotations, Mapping):
             annotations = load_annotations(annotations)
-        except (OSError, ValueError) as error:
-            return [str(error)]
-    if not isinstance(annotations.get("database"), Mapping) or not annotations["database"]:
-        return ["annotations: there are no videos, expected a dictionary of them under 'database'"]
+        _check_database(annotations, "annotations")
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    if not annotations["database"]:
+        return ["annotations: there is no video under 'database'"]
 
     listed, problems = annotations.get("labels"), []
     if listed is not None and not _is_list_of_names(listed):
@@ -244,9 +255,15 @@ def _entry_problems(entry: Any) -> Iterator[str]:
     for index, annotation in enumerate(annotations):
         yield from (f"annotation {index}: {problem}" for problem in _annotation_problems(annotation, limit))
         if isinstance(annotation, Mapping):
-            key = repr((annotation.get("label"), annotation.get("segment")))
+            key = repr([annotation.get("label"), _as_floats(annotation.get("segment"))])
             if first.setdefault(key, index) != index:
                 yield f"annotation {index}: repeats annotation {first[key]} (same label, same segment); remove one"
+
+
+def _as_floats(segment: Any) -> Any:
+    """1 and 1.0 are the same time, whatever the file says."""
+    is_sequence = isinstance(segment, Sequence) and not isinstance(segment, str)
+    return [float(value) if _is_number(value) else value for value in segment] if is_sequence else segment
 
 
 def _annotation_problems(annotation: Any, duration: float) -> Iterator[str]:
@@ -292,7 +309,7 @@ def _length_problems(
         return  # _entry_problems has said so
     num_frames = feature_stride if num_frames is None else num_frames
     expected = (duration * fps - num_frames) / feature_stride + 1
-    if abs(length - expected) > max(tolerance * expected, _LENGTH_SLACK):
+    if abs(length - expected) > max(tolerance * expected, num_frames / feature_stride + _LENGTH_SLACK):
         yield (
             f"there are {length} features, but {duration} s at {fps} fps with stride {feature_stride} make "
             f"{expected:.0f}; check fps, feature_stride and whether the file is complete"
@@ -342,12 +359,12 @@ def _open_array(path: Path) -> np.ndarray:
         if isinstance(array, np.lib.npyio.NpzFile):
             with array as archive:
                 names = [name for name in ("feats", "features") if name in archive.files] or archive.files
-                if names[1:] and not {"feats", "features"} & {*names}:
-                    raise ValueError(f"it holds {names}: name the features 'feats' or 'features'")
+                if len(names) != 1 and not {"feats", "features"} & {*names}:
+                    raise ValueError(f"it holds the arrays {names}, expected one, or one named 'feats' or 'features'")
                 array = archive[names[0]]
-    except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         hint = "save it as numbers, numpy.save(path, features.astype(numpy.float32))"
-        if "object" in str(error).lower():
+        if "Object arrays" in str(error) or "Python objects" in str(error):  # numpy's words for .npz and .npy
             raise ValueError(f"{path.name} holds Python objects (dtype object), expected numbers; {hint}") from error
         raise ValueError(f"{path.name} cannot be read ({error or type(error).__name__}); {hint}") from error
     if array.dtype.kind not in "fiu":
@@ -548,6 +565,7 @@ class TemporalActionDataset(_DrawsAnew, Dataset):
 
         if not isinstance(annotations, Mapping):
             annotations = load_annotations(annotations)
+        _check_database(annotations, "annotations")
         if label2id is None:
             label2id = {name: label_id for label_id, name in enumerate(label_names(annotations))}
         self.label2id, self.id2label = dict(label2id), {}
@@ -647,6 +665,9 @@ class TemporalActionDataset(_DrawsAnew, Dataset):
 
 
 def _select_split(database: Mapping, split: str | Sequence[str] | None) -> dict:
+    for video_id, entry in database.items():
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{video_id}: its entry is a {type(entry).__name__}, expected a dictionary.")
     if split is None:
         return dict(database)
     wanted = {name.lower() for name in ([split] if isinstance(split, str) else split)}
@@ -688,8 +709,10 @@ def _read_entry(
     unknown = sorted({*labels.tolist()} - {*label2id})
     if unknown:
         raise ValueError(f"{video_id}: label2id has no {unknown}; it has {len(label2id)} names: add or correct them.")
-    if deduplicate:
-        segments, labels = remove_duplicates(segments, labels)
+    if deduplicate:  # by name, also where several names share an id
+        names, name_of = np.unique(labels, return_inverse=True)
+        segments, name_of = remove_duplicates(segments, name_of)
+        labels = names[name_of]
     class_labels = np.array([label2id[label] for label in labels.tolist()], dtype=np.int64)
     return _Video(video_id, paths, float(fps), duration, segments, class_labels)
 
@@ -701,7 +724,7 @@ class DataCollator:
 
     Args:
         feature_extractor: a `ConvTransformerFeatureExtractor`: checks and pads the features.
-        max_length: passed to it; None: pad to the longest of the batch.
+        max_length: pad to this length; None: to the longest of the batch.
         return_metadata: also "video_ids" and "geometry", lists with one entry per item, for turning the model's output
             into seconds. The model itself does not take them.
     """
@@ -711,11 +734,18 @@ class DataCollator:
     return_metadata: bool = False
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        video_ids = [item["video_id"] for item in items]
-        length = {} if self.max_length is None else {"max_length": self.max_length, "padding": "max_length"}
+        video_ids, padding = [item["video_id"] for item in items], {}
+        if self.max_length is not None:
+            padding = {"max_length": self.max_length, "padding": "max_length"}
+            for item in items:
+                if len(item["features"]) > self.max_length:
+                    raise ValueError(
+                        f"{item['video_id']}: {len(item['features'])} features do not fit into max_length "
+                        f"{self.max_length}; raise it, or set max_seq_len and training=True in the dataset."
+                    )
         batch = dict(
             self.feature_extractor(
-                [item["features"] for item in items], names=video_ids, return_tensors="pt", **length
+                [item["features"] for item in items], names=video_ids, return_tensors="pt", **padding
             )
         )
         batch["labels"] = [
@@ -892,7 +922,8 @@ def window_features(signal: np.ndarray, window: int, stride: int) -> np.ndarray:
             f"but its shape is {signal.shape}. Use a longer recording or a smaller window."
         )
     windows = np.lib.stride_tricks.sliding_window_view(signal, window, axis=0)[::stride]
-    return windows.transpose(0, 2, 1).reshape(len(windows), -1)
+    # A copy, because windows share their samples with one another and with the signal.
+    return np.array(windows.transpose(0, 2, 1), order="C").reshape(len(windows), -1)
 
 
 class WatchDataset(_DrawsAnew, Dataset):

@@ -1,0 +1,925 @@
+"""Annotations, feature files, augmentation against v1's numbers, the collator and the spliced watch sessions."""
+
+import copy
+import json
+import random
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch.utils.data import DataLoader
+
+from modeling_convtransformer import ConvTransformerConfig, ConvTransformerForTemporalActionLocalization
+from modeling_convtransformer.data import (
+    WATCH_LABELS,
+    DataCollator,
+    TemporalActionDataset,
+    WatchDataset,
+    label_names,
+    load_annotations,
+    load_watch_recordings,
+    resize_features,
+    splice_watch_session,
+    truncate_features,
+    validate_annotations,
+    window_features,
+)
+from modeling_convtransformer.evaluation import evaluate_detections
+
+GEOMETRY = {"feature_stride": 4, "num_frames": 16}
+
+# 103 features of 16 frames, one each 4 frames, at 30 fps: (102 * 4 + 16) / 30 seconds.
+LENGTH, DURATION = 103, 424 / 30
+
+
+def annotation(label, start, end, label_id=None):
+    return {"label": label, "segment": [start, end]} | ({} if label_id is None else {"label_id": label_id})
+
+
+def good_annotations():
+    """As THUMOS14's: ids that are not alphabetical, one segment under two classes, a video without any."""
+    return {
+        "version": "Thumos14-30fps",
+        "database": {
+            "video_1": {
+                "subset": "Validation",
+                "duration": DURATION,
+                "fps": 30.0,
+                "annotations": [
+                    annotation("Diving", 2.0, 4.0, 1),
+                    annotation("CliffDiving", 2.0, 4.0, 0),
+                    annotation("Billiards", 10.0, 14.0, 2),
+                ],
+            },
+            "video_2": {"subset": "Validation", "duration": DURATION, "fps": 30.0, "annotations": []},
+            "video_3": {
+                "subset": "Test",
+                "duration": DURATION,
+                "fps": 25,
+                "annotations": [annotation("Diving", 0, 1.5, 1)],
+            },
+        },
+    }
+
+
+def features_of(number, length=LENGTH, channels=6):
+    return np.random.default_rng(number).normal(size=(length, channels)).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in (1, 2, 3):
+        np.save(tmp_path / f"video_{number}.npy", features_of(number))
+    return tmp_path
+
+
+# --- Annotations ----------------------------------------------------------------------------------------------------
+
+
+def test_load_annotations(tmp_path):
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(good_annotations()))
+    assert load_annotations(path) == good_annotations()
+
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"annotations\.json is not a JSON file"):
+        load_annotations(path)
+    path.write_text('{"videos": {}}')
+    with pytest.raises(ValueError, match=r"must hold .*database.*but holds \['videos'\]"):
+        load_annotations(path)
+    with pytest.raises(FileNotFoundError):
+        load_annotations(tmp_path / "nowhere.json")
+
+
+def test_label_names_by_id_by_list_and_by_alphabet():
+    assert label_names(good_annotations()) == ["CliffDiving", "Diving", "Billiards"]
+
+    listed = good_annotations() | {"labels": ["CliffDiving", "Diving", "Billiards", "Unused"]}
+    assert label_names(listed) == ["CliffDiving", "Diving", "Billiards", "Unused"]
+
+    def without_ids(entry):
+        return {**entry, "annotations": [annotation(a["label"], *a["segment"]) for a in entry["annotations"]]}
+
+    plain = {"database": {key: without_ids(entry) for key, entry in good_annotations()["database"].items()}}
+    assert label_names(plain) == ["Billiards", "CliffDiving", "Diving"]
+
+    gap = good_annotations()
+    gap["database"]["video_1"]["annotations"][2]["label_id"] = 4
+    assert label_names(gap) == ["CliffDiving", "Diving", "LABEL_2", "LABEL_3", "Billiards"]
+    assert label_names({"database": {}}) == []
+
+
+@pytest.mark.parametrize(
+    ("label", "label_id", "message"),
+    [
+        ("Diving", 3, r"video_3: label 'Diving' has the ids 1 and 3"),
+        ("Golf", 1, r"video_3: label_id 1 stands for 'Diving' and 'Golf'"),
+        ("Golf", None, r"video_3: label 'Golf' has no label_id"),
+        ("Golf", 3.5, r"video_3: label_id of 'Golf' is 3.5"),
+        ("Golf", 10**12, r"video_3: label_id of 'Golf' is 1000000000000"),
+    ],
+)
+def test_label_names_of_conflicting_ids(label, label_id, message):
+    annotations = good_annotations()
+    annotations["database"]["video_3"]["annotations"] = [annotation(label, 0, 1, label_id)]
+    with pytest.raises(ValueError, match=message):
+        label_names(annotations)
+
+
+# --- Validation -----------------------------------------------------------------------------------------------------
+
+
+def test_good_annotations_have_no_problem(folder):
+    assert validate_annotations(good_annotations()) == []
+    # video_3 has 25 fps: 103 features are 16.96 s there, 20 % more than its duration.
+    annotations = good_annotations()
+    annotations["database"]["video_3"]["duration"] = 424 / 25
+    assert validate_annotations(annotations, folder, feature_size=6, **GEOMETRY) == []
+
+
+# For each fault: the video's entry, changed, and what the message must say.
+FAULTS = {
+    "no_subset": (lambda e: e.pop("subset"), "there is no 'subset'"),
+    "odd_subset": (lambda e: e.update(subset=3), "subset is 3"),
+    "no_duration": (lambda e: e.pop("duration"), "there is no 'duration'"),
+    "zero_duration": (lambda e: e.update(duration=0), "duration is 0"),
+    "text_duration": (lambda e: e.update(duration="12"), "duration is '12'"),
+    "nan_fps": (lambda e: e.update(fps=float("nan")), "fps is nan"),
+    "no_annotations": (lambda e: e.pop("annotations"), "there is no 'annotations'"),
+    "annotations_no_list": (lambda e: e.update(annotations={}), "annotations is a dict"),
+    "annotation_no_dict": (lambda e: e["annotations"].append("x"), "annotation 3: is a str"),
+    "misspelt_segment": (
+        lambda e: e["annotations"].append({"label": "Diving", "label_id": 1, "segments": [0, 1]}),
+        "annotation 3: there is no 'segment' (found ['label', 'label_id', 'segments'])",
+    ),
+    "no_label": (lambda e: e["annotations"].append({"segment": [0, 1]}), "annotation 3: there is no 'label'"),
+    "odd_label": (lambda e: e["annotations"].append(annotation(7, 0, 1)), "annotation 3: label is 7"),
+    "nan_segment": (
+        lambda e: e["annotations"].append(annotation("Diving", float("nan"), 1, 1)),
+        "annotation 3: segment is [nan, 1]",
+    ),
+    "three_ends": (
+        lambda e: e["annotations"].append({"label": "Diving", "label_id": 1, "segment": [0, 1, 2]}),
+        "annotation 3: segment is [0, 1, 2]",
+    ),
+    "negative": (lambda e: e["annotations"].append(annotation("Diving", -1, 1, 1)), "[-1, 1] starts before 0 s"),
+    "backwards": (
+        lambda e: e["annotations"].append(annotation("Diving", 3, 2, 1)),
+        "[3, 2] has its start at or after",
+    ),
+    "empty": (lambda e: e["annotations"].append(annotation("Diving", 3, 3, 1)), "[3, 3] has its start at or after"),
+    "past_end": (lambda e: e["annotations"].append(annotation("Diving", 3, 15, 1)), "[3, 15] ends past the duration"),
+    "repeated": (
+        lambda e: e["annotations"].append(annotation("Diving", 2, 4.0, 1)),
+        "annotation 3: repeats annotation 0",
+    ),
+    "two_ids": (lambda e: e["annotations"].append(annotation("Diving", 5, 6, 9)), "'Diving' has the ids 1 and 9"),
+    "two_labels": (
+        lambda e: e["annotations"].append(annotation("Golf", 5, 6, 2)),
+        "label_id 2 stands for 'Billiards' and 'Golf'",
+    ),
+    "text_id": (lambda e: e["annotations"].append(annotation("Golf", 5, 6, "4")), "label_id of 'Golf' is '4'"),
+    "true_id": (lambda e: e["annotations"].append(annotation("Tennis", 5, 6, True)), "label_id of 'Tennis' is True"),
+    "missing_id": (lambda e: e["annotations"].append(annotation("Curling", 5, 6)), "'Curling' has no label_id"),
+}
+
+
+def test_every_fault_is_reported_with_its_video(tmp_path):
+    template = good_annotations()["database"]["video_1"]
+    annotations = good_annotations()
+    for name, (spoil, _) in FAULTS.items():
+        entry = copy.deepcopy(template)
+        spoil(entry)
+        annotations["database"][name] = entry
+    annotations["database"]["no_entry"] = []
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(annotations))
+
+    problems = validate_annotations(path)
+    for name, (_, expected) in FAULTS.items():
+        own = [problem for problem in problems if problem.startswith(f"{name}: ")]
+        assert len(own) == 1, (name, own)
+        assert expected in own[0]
+    assert [problem for problem in problems if problem.startswith("no_entry: the entry is a list")]
+    assert len(problems) == len(FAULTS) + 1
+    assert list(annotations["database"])[3:] == [problem.split(":")[0] for problem in problems]
+
+
+def test_validator_knows_the_list_of_labels():
+    annotations = good_annotations() | {"labels": ["CliffDiving", "Diving"]}
+    (problem,) = validate_annotations(annotations)
+    assert problem.startswith("video_1: label 'Billiards' is not among the 2")
+    annotations["labels"] = ["Diving", "CliffDiving", "Billiards"]
+    assert [problem.split(",")[0] for problem in validate_annotations(annotations)] == [
+        "video_1: label 'Diving' has the ids 0 and 1",
+        "video_1: label 'CliffDiving' has the ids 1 and 0",
+    ]
+    annotations["labels"] = ["Diving", "Diving"]
+    (problem,) = validate_annotations(annotations)
+    assert problem.startswith("annotations: 'labels' must be a list of different class names")
+
+
+def test_validator_of_what_is_no_annotation_file(tmp_path):
+    (tmp_path / "annotations.json").write_text("[]")
+    (problem,) = validate_annotations(tmp_path / "annotations.json")
+    assert "but holds a list" in problem
+    assert len(validate_annotations(tmp_path / "nowhere.json")) == 1
+    assert validate_annotations({"database": {}}) == ["annotations: there is no video under 'database'"]
+
+
+def test_every_faulty_feature_file_is_reported(tmp_path):
+    entry = {"subset": "training", "duration": DURATION, "fps": 30, "annotations": []}
+    with_nan = features_of(0)
+    with_nan[5, 3], with_nan[7, 0] = np.nan, np.inf
+    files = {
+        "fine": features_of(0),
+        "fine_integers": np.ones((LENGTH, 6), np.int16),
+        "transposed": features_of(0).T,
+        "narrow": features_of(0)[:, :4],
+        "flat": features_of(0)[:, 0],
+        "empty": features_of(0)[:0],
+        "nan": with_nan,
+        "words": np.full((LENGTH, 6), "x"),
+        "objects": np.full((LENGTH, 6), None),
+        "short": features_of(0)[:80],
+        "slightly_short": features_of(0)[:98],
+        "other_rate": features_of(0),
+    }
+    for name, array in files.items():
+        np.save(tmp_path / f"v_{name}.npy", array, allow_pickle=True)
+    (tmp_path / "v_rubbish.npy").write_bytes(b"no array")
+    (tmp_path / "v_cut_off.npy").write_bytes((tmp_path / "v_fine.npy").read_bytes()[:500])
+    (tmp_path / "v_bad_zip.npz").write_bytes(b"PK\x03\x04 rubbish")
+    np.savez(tmp_path / "v_two_arrays.npz", a=files["fine"], b=files["fine"])
+
+    names = [*files, "rubbish", "cut_off", "bad_zip", "two_arrays", "absent"]
+    annotations = {"database": {name: dict(entry) for name in names}}
+    annotations["database"]["other_rate"]["fps"] = 60
+    problems = dict(
+        problem.split(": ", 1)
+        for problem in validate_annotations(annotations, tmp_path, feature_size=6, file_prefix="v_", **GEOMETRY)
+    )
+    expected = {
+        "transposed": r"has shape (6, 103), expected (time, channels) with 6 channels; the channels seem to come first: "
+        "transpose",
+        "narrow": "has shape (103, 4), expected (time, channels) with 6 channels",
+        "flat": "has shape (103,), expected (time, channels)",
+        "empty": "holds no features",
+        "nan": "2 of 618 feature values are NaN or infinite, the first one (nan) at time 5, channel 3",
+        "words": "expected numbers",
+        "objects": "holds Python objects (dtype object)",
+        "short": "there are 80 features, but",
+        "other_rate": "there are 103 features, but",
+        "rubbish": "cannot be read",
+        "cut_off": "cannot be read",
+        "bad_zip": "cannot be read",
+        "two_arrays": "it holds the arrays ['a', 'b']",
+        "absent": "there is no v_absent.npy or v_absent.npz in",
+    }
+    assert {*problems} == {*expected}
+    for name, text in expected.items():
+        assert text in problems[name]
+
+    del annotations["database"]["fine"]["fps"]
+    kept = {"database": {"fine": annotations["database"]["fine"]}}
+    (problem,) = validate_annotations(kept, tmp_path, file_prefix="v_", **GEOMETRY)
+    assert problem.startswith("fine: there is no fps")
+    assert validate_annotations(kept, tmp_path, fps=30, file_prefix="v_", **GEOMETRY) == []
+
+
+# --- Reading --------------------------------------------------------------------------------------------------------
+
+
+def test_item_on_the_grid(folder):
+    dataset = TemporalActionDataset(good_annotations(), folder, split="validation", **GEOMETRY)
+    assert dataset.video_ids == ["video_1", "video_2"]
+    assert dataset.label2id == {"CliffDiving": 0, "Diving": 1, "Billiards": 2}
+    assert dataset.id2label == {0: "CliffDiving", 1: "Diving", 2: "Billiards"}
+    assert dataset.feature_size == 6
+
+    item = dataset[0]
+    assert {*item} == {"video_id", "features", "segments", "class_labels", "geometry"}
+    np.testing.assert_array_equal(item["features"], features_of(1))
+    # (2 s * 30 - 8) / 4 = 13, (4 * 30 - 8) / 4 = 28, (10 * 30 - 8) / 4 = 73, (14 * 30 - 8) / 4 = 103
+    assert item["segments"].tolist() == [[13, 28], [13, 28], [73, 103]]
+    assert item["class_labels"].tolist() == [1, 0, 2]
+    assert (item["segments"].dtype, item["class_labels"].dtype) == (np.float32, np.int64)
+    assert item["geometry"] == {"fps": 30.0, "feature_stride": 4, "num_frames": 16, "duration": DURATION}
+
+    empty = dataset[-1]
+    assert (empty["video_id"], empty["segments"].shape, empty["class_labels"].shape) == ("video_2", (0, 2), (0,))
+    with pytest.raises(IndexError):
+        dataset[2]
+
+
+def test_split_fps_and_ground_truth(folder):
+    assert len(TemporalActionDataset(good_annotations(), folder, **GEOMETRY)) == 3
+    both = TemporalActionDataset(good_annotations(), folder, split=["TEST", "Validation"], **GEOMETRY)
+    assert both.video_ids == ["video_1", "video_2", "video_3"]
+    test = TemporalActionDataset(good_annotations(), folder, split="test", **GEOMETRY)
+    assert test[0]["segments"].tolist() == [[-2.0, (1.5 * 25 - 8) / 4]]  # its own 25 fps
+    fast = TemporalActionDataset(good_annotations(), folder, split="test", fps=50, **GEOMETRY)
+    assert fast[0]["segments"].tolist() == [[-2.0, (1.5 * 50 - 8) / 4]]
+
+    truth = both.ground_truth()
+    assert truth["video_1"]["segments"].tolist() == [[2, 4], [2, 4], [10, 14]]
+    assert truth["video_1"]["labels"].tolist() == [1, 0, 2]
+    predictions = {key: {**value, "scores": np.ones(len(value["labels"]))} for key, value in truth.items()}
+    assert evaluate_detections(predictions, truth).average_map == 1.0
+
+    with pytest.raises(
+        ValueError, match=r"no subset \['training'\]; the annotations have \{'validation': 2, 'test': 1\}"
+    ):
+        TemporalActionDataset(good_annotations(), folder, split="training", **GEOMETRY)
+
+
+def test_npy_stays_on_disk_and_npz_is_read(folder):
+    dataset = TemporalActionDataset(good_annotations(), folder, **GEOMETRY)
+    stored = dataset.open_features(0)
+    assert isinstance(stored, np.memmap)
+    assert not isinstance(dataset[0]["features"], np.memmap)
+    assert dataset[0]["features"].flags.writeable
+
+    (folder / "video_1.npy").unlink()
+    (folder / "video_2.npy").unlink()
+    np.savez(folder / "video_1.npz", anything=features_of(1).astype(np.float64))
+    np.savez(folder / "video_2.npz", feats=features_of(2), other=np.zeros(3))
+    dataset = TemporalActionDataset(good_annotations(), folder, **GEOMETRY)
+    for index in range(3):
+        np.testing.assert_array_equal(dataset[index]["features"], features_of(index + 1))
+        assert dataset[index]["features"].dtype == np.float32
+
+
+def test_training_reads_only_the_stretch(folder):
+    """The stretch is cut out of the memory map; what is copied is the stretch."""
+    dataset = TemporalActionDataset(good_annotations(), folder, max_seq_len=10, training=True, seed=1, **GEOMETRY)
+    stored = dataset.open_features(0)
+    cut, _, _ = truncate_features(stored, np.zeros((0, 2), np.float32), np.zeros(0, np.int64), 10, 0.5, 2.0)
+    assert isinstance(cut, np.memmap)
+    assert np.shares_memory(cut, stored)
+    assert dataset[0]["features"].shape == (10, 6)
+
+
+def test_several_folders_are_streams(tmp_path):
+    annotations = {"database": {"a": {"subset": "training", "fps": 30, "annotations": []}}}
+    folders = [tmp_path / "slow", tmp_path / "fast"]
+    for number, channels in enumerate((4, 2)):
+        folders[number].mkdir()
+        np.save(folders[number] / "a.npy", features_of(number, channels=channels))
+    dataset = TemporalActionDataset(annotations, folders, **GEOMETRY)
+    item = dataset[0]
+    assert (dataset.feature_size, item["geometry"]["duration"]) == (6, None)
+    np.testing.assert_array_equal(
+        item["features"], np.hstack([features_of(0, channels=4), features_of(1, channels=2)])
+    )
+
+    np.save(folders[1] / "a.npy", features_of(1, length=50, channels=2))
+    with pytest.raises(ValueError, match=r"a: the streams differ in length"):
+        dataset[0]
+
+
+def test_missing_files_are_all_listed_or_skipped(folder):
+    (folder / "video_1.npy").unlink()
+    (folder / "video_3.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"(?s)2 of 3 videos .*video_1: there is no video_1\.npy or.*video_3:"):
+        TemporalActionDataset(good_annotations(), folder, **GEOMETRY)
+    with pytest.warns(UserWarning, match="2 of 3 videos left out"):
+        dataset = TemporalActionDataset(good_annotations(), folder, skip_missing=True, **GEOMETRY)
+    assert dataset.video_ids == ["video_2"]
+    with (
+        pytest.warns(UserWarning, match="3 of 3"),
+        pytest.raises(ValueError, match="no video to read"),
+    ):
+        TemporalActionDataset(good_annotations(), folder, file_ext=".npz", skip_missing=True, **GEOMETRY)
+
+
+def test_unusable_feature_files_are_named(folder):
+    np.save(folder / "video_2.npy", features_of(2).T)
+    np.save(folder / "video_3.npy", np.full((LENGTH, 6), None), allow_pickle=True)
+    dataset = TemporalActionDataset(good_annotations(), folder, **GEOMETRY)
+    with pytest.raises(ValueError, match=r"video_2: video_2\.npy has shape \(6, 103\).*transpose"):
+        dataset[1]
+    with pytest.raises(ValueError, match=r"video_3: video_3\.npy holds Python objects"):
+        dataset[2]
+    with pytest.raises(ValueError, match=r"video_1: .*with 8 channels"):
+        TemporalActionDataset(good_annotations(), folder, feature_size=8, **GEOMETRY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e.pop("fps"), r"video_1: its entry says fps None"),
+        (lambda e: e.update(duration=-1), r"video_1: its duration is -1"),
+        (lambda e: e["annotations"].append({"label": "Diving", "label_id": 1}), r"video_1: each annotation must have"),
+        (lambda e: e["annotations"][0].update(segment=[3, 1]), r"video_1: the segment \[3\.0, 1\.0\] is not"),
+        (lambda e: e["annotations"][0].update(segment=[float("nan"), 1]), r"video_1: the segment \[nan, 1\.0\]"),
+    ],
+)
+def test_unusable_annotations_are_named(folder, change, message):
+    annotations = good_annotations()
+    change(annotations["database"]["video_1"])
+    with pytest.raises(ValueError, match=message):
+        TemporalActionDataset(annotations, folder, **GEOMETRY)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"feature_stride": 0}, "feature_stride must be a number > 0"),
+        ({"max_seq_len": 0}, "max_seq_len must be a whole number >= 1"),
+        ({"downsample_rate": 1.5}, "downsample_rate must be"),
+        ({"trunc_thresh": 0}, "trunc_thresh must be"),
+        ({"crop_ratio": (1.0, 0.9)}, "crop_ratio must be"),
+        ({"resize_to": 10, "downsample_rate": 2}, "Choose one"),
+        ({"label2id": {"Diving": 0}}, r"video_1: label2id has no \['Billiards', 'CliffDiving'\]"),
+    ],
+)
+def test_settings_out_of_range(folder, settings, message):
+    with pytest.raises(ValueError, match=message):
+        TemporalActionDataset(good_annotations(), folder, **(GEOMETRY | settings))
+
+
+def test_downsampling_grows_the_stride(folder):
+    item = TemporalActionDataset(good_annotations(), folder, downsample_rate=2, **GEOMETRY)[0]
+    np.testing.assert_array_equal(item["features"], features_of(1)[::2])
+    assert item["geometry"]["feature_stride"] == 8
+    assert item["segments"].tolist() == [[6.5, 14], [6.5, 14], [36.5, 51.5]]
+
+
+def test_labels_can_be_merged_and_deduplicated(folder):
+    annotations = good_annotations()
+    annotations["database"]["video_1"]["annotations"] += [
+        annotation("Diving", 2.0005, 4.0005, 1),  # within 1 ms of the first
+        annotation("Diving", 5.0, 5.0005, 1),  # shorter than 1 ms
+        annotation("Diving", 6.0, 7.0, 1),
+    ]
+    names = dict.fromkeys(label_names(annotations), 0)
+    dataset = TemporalActionDataset(annotations, folder, label2id=names, deduplicate=True, **GEOMETRY)
+    # CliffDiving at the place of Diving stays: duplicates are told by name, before names are merged.
+    assert dataset.ground_truth()["video_1"]["segments"].tolist() == [[2, 4], [2, 4], [10, 14], [6, 7]]
+    assert dataset.ground_truth()["video_1"]["labels"].tolist() == [0, 0, 0, 0]
+    assert dataset.id2label == {0: "LABEL_0"}
+
+
+# --- Resizing, as v1 does for ActivityNet ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "size"), [(103, 192), (300, 192), (192, 192), (1, 5)])
+def test_resize_is_linear_between_middles(length, size):
+    features = features_of(0, length, channels=3)
+    resized = resize_features(features, size)
+    # Independent of torch: middle of new feature j in units of old features, held constant beyond the outer middles.
+    middles = (np.arange(size) + 0.5) * length / size - 0.5
+    expected = np.stack([np.interp(middles, np.arange(length), column) for column in features.T.astype(float)], axis=1)
+    assert (resized.shape, resized.dtype) == ((size, 3), np.float32)
+    np.testing.assert_allclose(resized, expected, rtol=0, atol=1e-4)  # float32 positions up to 300, steps of a few
+    expected = torch.nn.functional.interpolate(torch.from_numpy(features).T[None], size=size, mode="linear")[0].T
+    np.testing.assert_array_equal(resized, expected.numpy())
+
+
+def test_resized_videos_have_their_own_stride(folder):
+    item = TemporalActionDataset(good_annotations(), folder, resize_to=192, **GEOMETRY)[0]
+    stride = 424 / 192  # all frames that the 103 features cover, shared out
+    assert item["features"].shape == (192, 6)
+    np.testing.assert_array_equal(item["features"], resize_features(features_of(1), 192))
+    assert item["geometry"] == {"fps": 30.0, "feature_stride": stride, "num_frames": stride, "duration": DURATION}
+    np.testing.assert_allclose(item["segments"][0], [60 / stride - 0.5, 120 / stride - 0.5], rtol=1e-6)
+    # The whole video in seconds is the whole grid, half a feature around the outer middles.
+    assert (DURATION * 30 - 0.5 * stride) / stride == pytest.approx(191.5)
+
+
+def test_training_segments_outside_resized_features_go(folder):
+    annotations = good_annotations()
+    annotations["database"]["video_1"]["annotations"] = [
+        annotation("Diving", 1.0, 2.0, 1),  # inside
+        annotation("Diving", 14.0, 16.0, 1),  # all but 0.1 s outside
+        annotation("Diving", 12.0, 16.0, 1),  # 53 % inside
+        annotation("Diving", 20.0, 22.0, 1),  # outside
+    ]
+    settings = {"resize_to": 192, "max_seq_len": 192, **GEOMETRY}
+    assert len(TemporalActionDataset(annotations, folder, **settings)[0]["segments"]) == 4
+    item = TemporalActionDataset(annotations, folder, training=True, **settings)[0]
+    stride = 424 / 192
+    assert len(item["features"]) == 192
+    np.testing.assert_allclose(
+        item["segments"], [[30 / stride - 0.5, 60 / stride - 0.5], [360 / stride - 0.5, 192.5]], rtol=1e-6
+    )
+    strict = TemporalActionDataset(annotations, folder, training=True, trunc_thresh=0.6, **settings)[0]
+    assert len(strict["segments"]) == 1
+
+
+# --- Truncation -----------------------------------------------------------------------------------------------------
+
+
+def golden_truncations():
+    with safe_open(Path(__file__).parent / "fixtures" / "data_truncate.safetensors", framework="numpy") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+        cases = json.loads(file.metadata()["cases"])
+    for number, case in enumerate(cases):
+        prefix = f"{number}/"
+        yield case, {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_truncation_equals_v1(number):
+    case, tensors = list(golden_truncations())[number]
+    features, segments, labels = truncate_features(
+        tensors["feats"],
+        tensors["segments"],
+        tensors["labels"],
+        case["max_seq_len"],
+        case["trunc_thresh"],
+        case["offset"],
+        case["crop_ratio"],
+        rng=random.Random(case["python_random_seed"]),
+    )
+    assert len(features) == case["out_len"]
+    np.testing.assert_array_equal(features, tensors["out_feats"])
+    np.testing.assert_array_equal(segments, tensors["out_segments"])
+    np.testing.assert_array_equal(labels, tensors["out_labels"])
+
+
+def test_truncation_draws_from_the_random_module():
+    case, tensors = next(golden_truncations())
+    arguments = [tensors["feats"], tensors["segments"], tensors["labels"]]
+    arguments += [case[key] for key in ("max_seq_len", "trunc_thresh", "offset", "crop_ratio")]
+    state = random.getstate()
+    try:
+        random.seed(case["python_random_seed"])
+        np.testing.assert_array_equal(truncate_features(*arguments)[0], tensors["out_feats"])
+    finally:
+        random.setstate(state)
+
+
+class Script:
+    """A source of random integers that follows a script."""
+
+    def __init__(self, *numbers):
+        self.numbers, self.bounds = list(numbers), []
+
+    def randint(self, low, high):
+        self.bounds.append((low, high))
+        return self.numbers.pop(0) if len(self.numbers) > 1 else self.numbers[0]
+
+
+def test_truncation_by_hand():
+    features = np.arange(100, dtype=np.float32)[:, None]
+    segments = np.array([[10, 20], [38, 48], [30, 50], [44, 64], [69, 79], [80, 90]], np.float32)
+    labels = np.arange(6)
+    # Stretch 40 to 70, reaching 2 further each way: 38 to 72. The third segment is inside by 12/20, the fifth by 3/10.
+    script = Script(40)
+    cut, kept, kept_labels = truncate_features(features, segments, labels, 30, 0.5, 2.0, rng=script)
+    assert script.bounds == [(0, 70)]
+    assert cut[:, 0].tolist() == list(range(40, 70))
+    assert kept.tolist() == [[-2, 8], [-2, 10], [4, 24]]
+    assert kept_labels.tolist() == [1, 2, 3]
+
+    _, kept, kept_labels = truncate_features(features, segments, labels, 30, 0.3, 2.0, rng=Script(40))
+    assert kept_labels.tolist() == [1, 2, 3, 4]
+    assert kept[-1].tolist() == [29, 32]
+
+    # A video that is short enough is cropped: the length is drawn first, then the place; or left whole.
+    script = Script(95, 3)
+    cut, kept, _ = truncate_features(features, segments, labels, 200, 0.5, 2.0, crop_ratio=(0.9, 1.0), rng=script)
+    assert script.bounds == [(90, 100), (0, 5)]
+    assert (len(cut), cut[0, 0], kept[0].tolist()) == (95, 3, [7, 17])
+    assert truncate_features(features, segments, labels, 200, 0.5, 2.0, rng=script)[0] is features
+    assert truncate_features(features, segments, labels, 200, 0.5, 2.0, (0.9, 1.0), rng=Script(100))[0] is features
+
+
+def test_truncation_without_a_segment():
+    features = np.arange(100, dtype=np.float32)[:, None]
+    # Five stretches that miss the segment; the sixth holds it.
+    segments, labels = np.array([[90, 95]], np.float32), np.array([7])
+    cut, kept, kept_labels = truncate_features(features, segments, labels, 10, 0.5, 2.0, rng=Script(0, 1, 2, 3, 4, 88))
+    assert (cut[0, 0], kept.tolist(), kept_labels.tolist()) == (88, [[2, 7]], [7])
+    # None of 5 holds it: the last one, without segments.
+    script = Script(0, 1, 2, 3, 4, 88)
+    cut, kept, kept_labels = truncate_features(features, segments, labels, 10, 0.5, 2.0, max_num_trials=5, rng=script)
+    assert (len(script.bounds), cut[0, 0], kept.shape, kept_labels.shape) == (5, 4, (0, 2), (0,))
+    # There is none to find: one trial.
+    script = Script(6)
+    cut, kept, _ = truncate_features(features, segments[:0], labels[:0], 10, 0.5, 2.0, rng=script)
+    assert (len(script.bounds), cut[0, 0], kept.shape) == (1, 6, (0, 2))
+    # A segment without length is never kept, and its 0 / 0 is not computed.
+    with np.errstate(all="raise"):
+        _, kept, _ = truncate_features(
+            features, np.float32([[5, 5], [4, 6]]), np.arange(2), 10, 0.5, 2.0, rng=Script(0)
+        )
+    assert kept.tolist() == [[4, 6]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 120), limit=st.integers(1, 120))
+def test_truncation_keeps_time_and_labels_together(seed, length, limit):
+    rng = np.random.default_rng(seed)
+    features = np.arange(length, dtype=np.float32)[:, None]
+    starts = rng.uniform(0, length, 8)
+    segments = np.stack([starts, starts + rng.uniform(0.1, length, 8)], axis=1).astype(np.float32)
+    cut, kept, labels = truncate_features(
+        features, segments, np.arange(8), limit, 0.5, 1.0, (0.5, 1.0), rng=random.Random(seed)
+    )
+    assert 1 <= len(cut) <= min(length, limit)
+    assert np.diff(cut[:, 0]).tolist() == [1] * (len(cut) - 1)
+    original = segments[labels] - cut[0, 0]
+    # Uncut videos keep segments that reach past the end; cut ones clip to the stretch and half a feature's window.
+    if len(cut) < length:
+        assert (kept >= -1).all()
+        assert (kept <= len(cut) + 1).all()
+        # Shifting by up to 120 costs a few units in the last place of float32.
+        np.testing.assert_allclose(kept, original.clip(-1, len(cut) + 1), atol=1e-4)
+        assert ((kept[:, 1] - kept[:, 0]) >= 0.5 * (original[:, 1] - original[:, 0]) - 1e-4).all()
+
+
+def test_training_draws_by_seed_epoch_and_access(folder):
+    def make(seed):
+        return TemporalActionDataset(
+            good_annotations(), folder, max_seq_len=40, crop_ratio=(0.9, 1.0), training=True, seed=seed, **GEOMETRY
+        )
+
+    def first_values(dataset, count=8):
+        return [float(dataset[0]["features"][0, 0]) for _ in range(count)]
+
+    first, again, other = make(0), make(0), make(1)
+    values = first_values(first)
+    assert len({*values}) > 1  # a new stretch at each access
+    assert first_values(again) == values
+    assert first_values(other) != values
+    first.set_epoch(1)
+    assert first_values(first) != values
+    first.set_epoch(0)
+    assert first_values(first) == values
+    for index in range(3):
+        item = first[index]
+        assert len(item["features"]) == 40
+        assert len(item["segments"]) == len(item["class_labels"])
+
+    unseeded = TemporalActionDataset(good_annotations(), folder, max_seq_len=40, training=True, **GEOMETRY)
+    state = random.getstate()
+    try:
+        random.seed(3)
+        values = first_values(unseeded)
+        random.seed(3)
+        assert first_values(unseeded) == values
+    finally:
+        random.setstate(state)
+
+
+# --- Collator and model ----------------------------------------------------------------------------------------------
+
+
+def feature_extractor(feature_size, **geometry):
+    from modeling_convtransformer.feature_extraction_convtransformer import ConvTransformerFeatureExtractor
+
+    return ConvTransformerFeatureExtractor(feature_size=feature_size, **geometry)
+
+
+def test_collator_pads_and_keeps_labels(folder):
+    np.save(folder / "video_2.npy", features_of(2, length=60))
+    dataset = TemporalActionDataset(good_annotations(), folder, split="validation", **GEOMETRY)
+    items = [dataset[0], dataset[1]]
+    extractor = feature_extractor(6, fps=30, **GEOMETRY)
+    batch = DataCollator(extractor)(items)
+    assert {*batch} == {"input_features", "attention_mask", "labels"}
+    assert batch["input_features"].shape == (2, 103, 6)
+    assert batch["attention_mask"].sum(dim=1).tolist() == [103, 60]
+    np.testing.assert_array_equal(batch["input_features"][1, :60].numpy(), features_of(2, length=60))
+    assert batch["input_features"][1, 60:].abs().max() == 0
+    assert batch["labels"][0]["segments"].tolist() == [[13, 28], [13, 28], [73, 103]]
+    assert batch["labels"][0]["class_labels"].tolist() == [1, 0, 2]
+    assert batch["labels"][1]["segments"].shape == (0, 2)
+    assert batch["labels"][1]["class_labels"].dtype == torch.long
+
+    batch = DataCollator(extractor, max_length=128, return_metadata=True)(items)
+    assert batch["input_features"].shape == (2, 128, 6)
+    assert batch["video_ids"] == ["video_1", "video_2"]
+    assert batch["geometry"] == [items[0]["geometry"], items[1]["geometry"]]
+
+    with pytest.raises(ValueError, match=r"video_1: 103 features do not fit into max_length 64"):
+        DataCollator(extractor, max_length=64)(items)
+    items[1]["features"][3, 4] = np.nan
+    with pytest.raises(ValueError, match=r"video_2.*NaN"):
+        DataCollator(extractor)(items)
+
+
+def test_batches_train_the_model(folder):
+    dataset = TemporalActionDataset(
+        good_annotations(), folder, max_seq_len=64, crop_ratio=(0.9, 1.0), training=True, seed=0, **GEOMETRY
+    )
+    collator = DataCollator(feature_extractor(6, fps=30, **GEOMETRY))
+    loader = DataLoader(dataset, batch_size=3, collate_fn=collator, num_workers=1)
+    config = ConvTransformerConfig(n_in=6, n_embd=16, n_head=2, fpn_dim=16, head_dim=16, num_labels=3, max_len=64)
+    torch.manual_seed(0)
+    model = ConvTransformerForTemporalActionLocalization(config)
+    (batch,) = loader
+    assert batch["input_features"].shape == (3, 64, 6)
+    loss = model(**batch).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+# --- The watch -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recordings():
+    pytest.importorskip("seglearn", reason="the watch recordings come with seglearn (the demo extra)")
+    return load_watch_recordings()
+
+
+def arm(recordings, person=3, side="left"):
+    return [recording for recording in recordings if (recording["person"], recording["side"]) == (person, side)]
+
+
+def test_watch_recordings(recordings):
+    assert len(recordings) == 140
+    assert {r["person"] for r in recordings} == {*range(1, 11)}
+    for person in range(1, 11):
+        for side in ("left", "right"):
+            assert sorted(r["label"] for r in arm(recordings, person, side)) == sorted(WATCH_LABELS)
+    assert {r["signal"].shape[1] for r in recordings} == {6}
+    assert {r["signal"].dtype for r in recordings} == {np.dtype(np.float32)}
+    lengths = [len(r["signal"]) for r in recordings]
+    assert (min(lengths), max(lengths)) == (947, 2618)
+    # Gravity: acceleration is in g.
+    assert 0.9 < np.median(np.linalg.norm(np.concatenate([r["signal"][:, :3] for r in recordings]), axis=1)) < 1.2
+
+
+def test_watch_labels_are_in_the_order_of_seglearn(recordings):
+    from seglearn.datasets import load_watch
+
+    data = load_watch()
+    assert list(data["y_labels"]) == ["PEN", "ABD", "FEL", "IR", "ER", "TRAP", "ROW"]
+    assert [WATCH_LABELS.index(r["label"]) for r in recordings] == data["y"].tolist()
+    assert [r["side"] == "right" for r in recordings] == (data["side"] == 1).tolist()
+    np.testing.assert_array_equal(recordings[17]["signal"], np.float32(data["X"][17]))
+
+
+def test_seglearn_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "seglearn.datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "modeling-convtransformer\[demo\]"'):
+        load_watch_recordings()
+
+
+@pytest.mark.parametrize("pause", [(3.0, 8.0), (0.5, 0.5), (0.0, 0.0)])
+def test_session_holds_the_recordings_untouched(recordings, pause):
+    own = arm(recordings)
+    by_label = {recording["label"]: recording["signal"] for recording in own}
+    session = splice_watch_session(own, np.random.default_rng(0), pause)
+    signal, samples = session["signal"], np.rint(session["segments"] * 50).astype(int)
+    assert signal.dtype == np.float32
+    assert np.isfinite(signal).all()
+    assert sorted(session["labels"].tolist()) == list(range(7))
+    for (start, end), label in zip(samples, session["labels"], strict=True):
+        np.testing.assert_array_equal(signal[start:end], by_label[WATCH_LABELS[label]])
+    # What is left are eight pauses of the right length: labels cover the recordings and nothing else.
+    pauses = np.append(samples[:, 0], len(signal)) - np.append(0, samples[:, 1])
+    assert len(pauses) == 8
+    assert ((pauses >= round(pause[0] * 50)) & (pauses <= round(pause[1] * 50))).all()
+    assert len(signal) == pauses.sum() + sum(len(r["signal"]) for r in own)
+
+
+def test_pauses_are_still_and_join_smoothly(recordings):
+    session = splice_watch_session(arm(recordings), np.random.default_rng(0))
+    signal, samples = session["signal"].astype(float), np.rint(session["segments"] * 50).astype(int)
+    for (_, end), (start, _) in pairwise(samples):
+        still = signal[end + 50 : start - 50]  # between the glides
+        assert np.abs(np.linalg.norm(still[:, :3], axis=1) - 1).max() < 0.15  # 1 g, sway of 0.03 and noise of 0.01
+        assert still[:, 3:].std() == pytest.approx(0.05, rel=0.25)
+        assert np.abs(still[:, 3:].mean()) < 0.02
+        # No jump where the made part begins and ends: a few times the noise, where recordings move by far more.
+        assert np.abs(signal[end] - signal[end - 1]).max() < 0.05
+        assert np.abs(signal[start] - signal[start - 1]).max() < 0.05
+
+
+def test_bouts_are_cuts_of_the_recordings(recordings):
+    own = arm(recordings)
+    by_label = {recording["label"]: recording["signal"] for recording in own}
+    session = splice_watch_session(own, np.random.default_rng(0), bout=(2.0, 5.0))
+    for (start, end), label in zip(np.rint(session["segments"] * 50).astype(int), session["labels"], strict=True):
+        assert 100 <= end - start <= 250
+        whole = by_label[WATCH_LABELS[label]]
+        cut = session["signal"][start:end]
+        places = np.flatnonzero((whole == cut[0]).all(axis=1))
+        assert any(np.array_equal(whole[place : place + len(cut)], cut) for place in places)
+    long = splice_watch_session(own, np.random.default_rng(0), bout=(60.0, 90.0))
+    assert np.diff(long["segments"]).sum() * 50 == pytest.approx(sum(len(signal) for signal in by_label.values()))
+
+
+def test_sessions_of_several_arms_are_refused(recordings):
+    with pytest.raises(ValueError, match=r"one arm's, but the 14 recordings are of \[\(3, 'left'\), \(3, 'right'\)\]"):
+        splice_watch_session(arm(recordings) + arm(recordings, side="right"), np.random.default_rng(0))
+    with pytest.raises(ValueError, match="0 recordings"):
+        splice_watch_session([], np.random.default_rng(0))
+    with pytest.raises(ValueError, match="pause must be"):
+        splice_watch_session(arm(recordings), np.random.default_rng(0), pause=(8, 3))
+    with pytest.raises(ValueError, match="bout must be at least one sample"):
+        splice_watch_session(arm(recordings), np.random.default_rng(0), bout=(0, 3))
+
+
+@pytest.mark.parametrize(("samples", "window", "stride"), [(100, 50, 25), (101, 50, 25), (50, 50, 25), (23, 5, 7)])
+def test_window_features_against_a_loop(samples, window, stride):
+    signal = np.random.default_rng(0).normal(size=(samples, 3)).astype(np.float32)
+    features = window_features(signal, window, stride)
+    expected = [signal[start : start + window].ravel() for start in range(0, samples - window + 1, stride)]
+    assert features.shape == ((samples - window) // stride + 1, window * 3)
+    assert features.flags.c_contiguous
+    assert features.flags.writeable
+    assert not np.shares_memory(features, signal)
+    np.testing.assert_array_equal(features, np.stack(expected))
+
+
+@pytest.mark.parametrize(("shape", "window", "stride"), [((49, 3), 50, 25), ((50,), 5, 5), ((50, 3), 0, 5)])
+def test_window_features_refuses(shape, window, stride):
+    with pytest.raises(ValueError, match="at least one window"):
+        window_features(np.zeros(shape), window, stride)
+
+
+def test_watch_dataset_items(recordings):
+    dataset = WatchDataset([3, 5], sessions_per_side=2)
+    assert dataset.video_ids[:3] == ["person03_left_0", "person03_left_1", "person03_right_0"]
+    assert (len(dataset), dataset.feature_size) == (8, 300)
+    assert dataset.id2label[5] == "lower trapezius row"
+    item, signal, truth = dataset[0], dataset.signal(0), dataset.ground_truth()
+    assert {*truth} == {*dataset.video_ids}
+    assert item["video_id"] == "person03_left_0"
+    assert item["geometry"] == {
+        "fps": 50.0,
+        "feature_stride": 25,
+        "num_frames": 50,
+        "duration": len(signal) / 50,
+    }
+    np.testing.assert_array_equal(item["features"], window_features(signal, 50, 25))
+    # Grid to seconds: feature t is centred on (t * stride + window / 2) / fps.
+    np.testing.assert_allclose(
+        (item["segments"] * 25 + 25) / 50, truth["person03_left_0"]["segments"], rtol=0, atol=1e-3
+    )
+    np.testing.assert_array_equal(item["class_labels"], truth["person03_left_0"]["labels"])
+    assert item["features"].dtype == item["segments"].dtype == np.float32
+    # A window whose middle is in a segment shows that recording.
+    start, end = truth["person03_left_0"]["segments"][0]
+    inside = int(np.ceil(item["segments"][0, 0])) + 2
+    assert start < (inside * 25) / 50 < (inside * 25 + 50) / 50 < end
+    whole = next(r["signal"] for r in arm(recordings) if r["label"] == WATCH_LABELS[item["class_labels"][0]])
+    offset = inside * 25 - round(start * 50)
+    np.testing.assert_array_equal(item["features"][inside].reshape(50, 6), whole[offset : offset + 50])
+
+
+def test_watch_dataset_is_fixed_by_its_seed(recordings):
+    first, again, other = WatchDataset([1, 2]), WatchDataset([1, 2]), WatchDataset([1, 2], seed=1)
+    for index in range(4):
+        for _ in range(2):
+            np.testing.assert_array_equal(first[index]["features"], again[index]["features"])
+    orders = [[dataset[index]["class_labels"].tolist() for index in range(4)] for dataset in (first, other)]
+    assert orders[0] != orders[1]
+    assert len({tuple(order) for order in orders[0]}) == 4  # each arm has an order of its own
+    # A session depends on its own person only, and all of it on that person's recordings.
+    np.testing.assert_array_equal(WatchDataset([2])[0]["features"], first[2]["features"])
+    assert {*WatchDataset([1, 2]).video_ids} & {*WatchDataset([3]).video_ids} == set()
+    # The order that numpy's generator draws, pinned: the same on all platforms.
+    assert orders[0][0] == [2, 5, 3, 6, 1, 0, 4]
+
+
+def test_watch_training_draws_anew(recordings):
+    def lengths(dataset, count=3):
+        return [dataset[0]["geometry"]["duration"] for _ in range(count)]
+
+    first, again = (WatchDataset([1], bout=(5, 20), training=True) for _ in range(2))
+    values = lengths(first)
+    assert len({*values}) == 3
+    assert lengths(again) == values
+    first.set_epoch(1)
+    later = lengths(first)
+    assert not {*later} & {*values}
+    first.set_epoch(0)
+    assert lengths(first) == values
+    assert len(first.signal(0)) / 50 == first[0]["geometry"]["duration"]  # the signal of the next item
+    with pytest.raises(ValueError, match="training=False"):
+        first.ground_truth()
+
+
+@pytest.mark.parametrize("people", [[], [0], [1, 11], [1, 1]])
+def test_watch_dataset_refuses_unknown_people(recordings, people):
+    with pytest.raises(ValueError, match="people must be different ones of"):
+        WatchDataset(people)
+
+
+def test_watch_batches_train_the_model(recordings):
+    dataset = WatchDataset([1], bout=(5, 8), training=True)
+    extractor = feature_extractor(dataset.feature_size, fps=50, feature_stride=25, num_frames=50)
+    batch = DataCollator(extractor, return_metadata=True)([dataset[0], dataset[1]])
+    batch.pop("video_ids"), batch.pop("geometry")
+    config = ConvTransformerConfig(
+        n_in=300, n_embd=16, n_head=2, fpn_dim=16, head_dim=16, num_labels=len(WATCH_LABELS), max_len=256
+    )
+    torch.manual_seed(0)
+    loss = ConvTransformerForTemporalActionLocalization(config)(**batch).loss
+    assert torch.isfinite(loss)
+    assert len(batch["labels"][0]["segments"]) == 7
