@@ -445,19 +445,22 @@ def _clip_segments(segments: np.ndarray, left: float, right: float, min_share: f
 
 
 class _DrawsAnew:
-    """Counts what a seeded dataset needs to draw something new at each access, and the same in each run."""
+    """Counts what a seeded dataset needs to draw something new at each access, and the same in each run. The counts lie
+    in shared memory: the workers of a DataLoader, which may end with the epoch, add to the same ones."""
 
-    def __init__(self) -> None:
-        self._epoch, self._reads = 0, Counter()
+    def __init__(self, length: int) -> None:
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+        self._accesses = torch.zeros(length, dtype=torch.long).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the draws of this epoch differ from those of other epochs. The Trainer calls it; call it yourself, before
-        each epoch, in a loop of your own whose DataLoader has workers: they start as copies of this dataset, so the
-        accesses that they count are forgotten with them. (Without workers each access differs anyway.)"""
-        self._epoch, self._reads = epoch, Counter()
+        """Count from here on: the draws of this epoch differ from those of other epochs, and are the same whenever the
+        same epoch is set. Needed only where several processes train, because each one counts its own accesses."""
+        self._epoch.fill_(epoch)
+        self._accesses.zero_()
 
-    def _draw(self, index: int) -> tuple[int, int]:
-        return self._epoch, self._reads[index]
+    def _next_draw(self, index: int) -> tuple[int, int]:
+        """The epoch and the number of accesses so far, for a random generator's seed."""
+        return int(self._epoch), int(self._accesses[index])
 
 
 @dataclass(frozen=True)
@@ -541,7 +544,6 @@ class TemporalActionDataset(_DrawsAnew, Dataset):
         feature_size: int | None = None,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
         for name, value in {"feature_stride": feature_stride, "num_frames": num_frames, "fps": fps}.items():
             if value is not None and not (_is_number(value) and value > 0):
                 raise ValueError(f"{name} must be a number > 0, but is {value!r}.")
@@ -592,6 +594,7 @@ class TemporalActionDataset(_DrawsAnew, Dataset):
         self.video_ids = [video.video_id for video in self._videos]
         self.feature_size = feature_size
         self.feature_size = self.open_features(0).shape[1]
+        super().__init__(len(self._videos))
 
     def __len__(self) -> int:
         return len(self._videos)
@@ -633,8 +636,8 @@ class TemporalActionDataset(_DrawsAnew, Dataset):
         if self.resize_to is not None:
             segments, keep = _clip_segments(segments, -np.inf, len(features) + offset, self.trunc_thresh)
             segments, class_labels = segments[keep], class_labels[keep]
-        rng = None if self.seed is None else random.Random(str((self.seed, index, *self._draw(index))))
-        self._reads[index] += 1
+        rng = None if self.seed is None else random.Random(str((self.seed, index, *self._next_draw(index))))
+        self._accesses[index] += 1
         return truncate_features(
             features,
             segments,
@@ -963,7 +966,6 @@ class WatchDataset(_DrawsAnew, Dataset):
         seed: int = 0,
         training: bool = False,
     ) -> None:
-        super().__init__()
         self.bout, self.pause, self.window, self.stride = bout, pause, window, stride
         self.seed, self.training = seed, training
         self._recordings = defaultdict(list)
@@ -986,6 +988,7 @@ class WatchDataset(_DrawsAnew, Dataset):
         self.id2label = dict(enumerate(WATCH_LABELS))
         self.label2id = {name: label_id for label_id, name in self.id2label.items()}
         self.feature_size = window * 6
+        super().__init__(len(self._sessions))
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -993,7 +996,7 @@ class WatchDataset(_DrawsAnew, Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
         session = self._splice(index)
-        self._reads[index] += 1
+        self._accesses[index] += 1
         grid = (session["segments"] * WATCH_FPS - 0.5 * self.window) / self.stride
         return {
             "video_id": self.video_ids[index],
@@ -1010,7 +1013,7 @@ class WatchDataset(_DrawsAnew, Dataset):
 
     def _splice(self, index: int) -> dict[str, np.ndarray]:
         person, side, session = self._sessions[index]
-        draw = self._draw(index) if self.training else (0, 0)
+        draw = self._next_draw(index) if self.training else (0, 0)
         rng = np.random.default_rng([self.seed, person, _WATCH_SIDES.index(side), session, *draw])
         return splice_watch_session(self._recordings[person, side], rng, self.pause, self.bout)
 

@@ -905,6 +905,23 @@ def test_watch_training_draws_anew(recordings):
         first.ground_truth()
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_draw_as_one_process_does(recordings, persistent):
+    """Workers are copies of the dataset, and new ones come with each epoch: the counts must outlive them."""
+
+    def durations(loader):
+        return [item["geometry"]["duration"] for item in loader]
+
+    alone, shared, kept = (WatchDataset([1], bout=(5, 20), training=True) for _ in range(3))
+    expected = [durations(alone) for _ in range(3)]
+    assert len({duration for epoch in expected for duration in epoch}) > 4
+    loader = DataLoader(shared, batch_size=None, num_workers=2, persistent_workers=persistent)
+    assert [durations(loader) for _ in range(2)] == expected[:2]
+    shared.set_epoch(0)
+    assert durations(loader) == expected[0]
+    assert durations(kept) == expected[0]
+
+
 @pytest.mark.parametrize("people", [[], [0], [1, 11], [1, 1]])
 def test_watch_dataset_refuses_unknown_people(recordings, people):
     with pytest.raises(ValueError, match="people must be different ones of"):
