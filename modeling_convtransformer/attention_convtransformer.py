@@ -109,6 +109,9 @@ def attend(
         attention_mask = attention_mask.expand(batch, -1, -1, -1, -1).flatten(0, 1)
         query, key, value = (x.flatten(0, 1).transpose(1, 2) for x in (query, key, value))
     if relative_bias is not None:
+        if attention_mask is None and module.is_causal:
+            # A mask takes the place of the backend's own causal kernel.
+            attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
         attention_mask = add_relative_bias(attention_mask, relative_bias, query, key, folded=fold is not None)
     output, weights = interface(module, query, key, value, attention_mask, **kwargs)
     if fold is not None:

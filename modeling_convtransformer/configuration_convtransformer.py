@@ -106,6 +106,25 @@ _V1_FIELDS = {
     },
 }
 
+# Keys of v1 YAML files that say nothing about the model.
+_V1_OTHER_KEYS = {
+    "dataset": {
+        "crop_ratio",
+        "default_fps",
+        "downsample_rate",
+        "feat_folder",
+        "feat_stride",
+        "file_ext",
+        "file_prefix",
+        "force_upsampling",
+        "json_file",
+        "num_frames",
+        "trunc_thresh",
+    },
+    "model": {"max_buffer_len_factor"},
+    "train_cfg": {"clip_grad_l2norm"},
+}
+
 # What separates v1 from our defaults once the field names are translated.
 _V1_SETTINGS = {
     "use_rope": False,
@@ -197,7 +216,8 @@ class ConvTransformerConfig(PreTrainedConfig):
             Classes without data, whose score starts from 1e-6.
 
     Raises:
-        `ValueError` (or a subclass from `huggingface_hub`): a wrong type, or settings that contradict one another.
+        `ValueError`: settings that contradict one another, or a size that no real model has.
+        `huggingface_hub.errors.StrictDataclassFieldValidationError`: a value of a wrong type.
     """
 
     model_type = "convtransformer"
@@ -259,16 +279,25 @@ class ConvTransformerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # `use_flash_attn` of the YAML files is how attention is computed, not what the model is: it is not stored.
         use_flash_attn = kwargs.pop("use_flash_attn", None)
+        if use_flash_attn is not None and not isinstance(use_flash_attn, bool):
+            raise ValueError(f"use_flash_attn is {use_flash_attn!r}; expected true (sdpa) or false (eager).")
         if use_flash_attn is not None and kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = "sdpa" if use_flash_attn else "eager"
         # The base class makes a dictionary of `num_labels` entries: look at the number first.
         num_labels = kwargs.get("num_labels")
-        if num_labels is not None and not 0 < num_labels <= _MAX_LABELS:
-            raise ValueError(f"num_labels is {num_labels}; expected 1 to {_MAX_LABELS:,}.")
+        if num_labels is not None and (type(num_labels) is not int or not 0 < num_labels <= _MAX_LABELS):
+            raise ValueError(f"num_labels is {num_labels!r}; expected an int from 1 to {_MAX_LABELS:,}.")
         if isinstance(self.rope_parameters, dict):
             self.rope_parameters = dict(self.rope_parameters)  # the base class writes into it: keep the caller's whole
         super().__post_init__(**kwargs)
         self.validate_architecture()  # here too, because what runs after construction is not raised as a ValueError
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in transformers; fields that `kwargs` replaces are validated together with the others."""
+        result = super().from_dict(config_dict, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).validate_architecture()
+        return result
 
     # What follows from the fields. Properties, because fields can change after construction
     # (`from_pretrained(folder, n_head=8)`), and because a derived value that is stored can contradict its source.
@@ -375,6 +404,10 @@ class ConvTransformerConfig(PreTrainedConfig):
                 f"mha_win_size has {len(self.mha_win_size)} entries, but there are {self.num_levels} levels "
                 f"(1 + arch[2]); give {self.num_levels} windows, or one for all."
             )
+        if max(self.window_sizes) > _MAX_STRIDE:
+            raise ValueError(
+                f"mha_win_size is {self.mha_win_size}; expected at most {_MAX_STRIDE:,}, or -1 for global attention."
+            )
         if self.stream_dims is not None and len(self.stream_dims) != len(self.stream_widths):
             raise ValueError(
                 f"stream_dims {self.stream_dims} and n_in {self.n_in} differ in length; give one width a stream."
@@ -383,8 +416,14 @@ class ConvTransformerConfig(PreTrainedConfig):
             raise ValueError(f"stream_dims {self.stream_dims} needs a list in n_in: n_in=[{self.n_in}] would work.")
         if not isinstance(self.n_in, int) and not self.n_in:
             raise ValueError("n_in is an empty list; give the width of each stream, or one int.")
+        if self.stream_dims is None and len(self.stream_widths) > self.n_embd:
+            wider = math.ceil(len(self.stream_widths) / (2 * self.n_head)) * 2 * self.n_head
+            raise ValueError(
+                f"n_in lists {len(self.stream_widths)} streams, more than the {self.n_embd} channels of n_embd that they "
+                f"share; n_embd={wider}, or the width of each in stream_dims, would work."
+            )
         for pair in self.regression_range or ():
-            if not isinstance(pair, list | tuple) or len(pair) != 2:
+            if not isinstance(pair, list | tuple) or [type(end) in (int, float) for end in pair] != [True, True]:
                 raise ValueError(f"regression_range has the entry {pair!r}; expected pairs such as [0, 4].")
         for field, widths in (("n_in", self.stream_widths), ("stream_dims", self.projected_stream_widths or [1])):
             if min(widths) < 1 or sum(widths) > _MAX_INPUT_WIDTH:
@@ -393,6 +432,11 @@ class ConvTransformerConfig(PreTrainedConfig):
                 )
         if self.num_labels > _MAX_LABELS:
             raise ValueError(f"id2label has {self.num_labels:,} entries; expected at most {_MAX_LABELS:,}.")
+        if self.num_labels < 1 or min(self.id2label) != 0 or max(self.id2label) != self.num_labels - 1:
+            raise ValueError(
+                f"id2label has {self.num_labels} entries with the keys {list(self.id2label)[:10]} ...; expected the "
+                "classes 0, 1, 2, ... without a gap."
+            )
         if (parameters := self._estimate_parameters()) > _MAX_PARAMETERS:
             raise ValueError(
                 f"These settings make a model of about {parameters:.1e} parameters; expected at most "
@@ -481,6 +525,8 @@ class ConvTransformerConfig(PreTrainedConfig):
         for field in ("norm_eps", "init_loss_norm", "center_sample_radius"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected a positive number.")
+        if not math.isfinite(self.loss_weight):
+            raise ValueError(f"loss_weight is {self.loss_weight}; expected a finite number.")
         unknown = [label for label in self.empty_labels if not 0 <= label < self.num_labels]
         if unknown:
             raise ValueError(f"empty_labels has {unknown}, but there are {self.num_labels} classes (id2label).")
@@ -489,13 +535,20 @@ class ConvTransformerConfig(PreTrainedConfig):
         """As in transformers, with the width of an attention head where it looks for `head_dim`."""
         if not self.use_rope:
             return
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        parameters = self.rope_parameters or {}
+        rope_type = parameters.get("rope_type", "default")
         if rope_type not in _ROPE_TYPES:
             raise ValueError(f"rope_parameters has rope_type {rope_type!r}; expected one of {', '.join(_ROPE_TYPES)}.")
+        for field in ("rope_theta", "factor"):
+            value = parameters.get(field, 1.0)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"rope_parameters has {field} {value!r}; expected a positive number.")
         head_dim = self.head_dim
         object.__setattr__(self, "head_dim", None)
         try:
             super().validate_rope()
+        except KeyError as error:
+            raise ValueError(f"rope_parameters: {error.args[0]}") from error
         finally:
             object.__setattr__(self, "head_dim", head_dim)
 
@@ -510,7 +563,8 @@ class ConvTransformerConfig(PreTrainedConfig):
         towers = 2 * self.head_kernel_size * ((self.head_num_layers - 1) * head * max(head, neck))
         outputs = self.head_kernel_size * head * (self.num_labels + 2)
         table = self.max_len * width if self.use_learned_pe or self.use_abs_pe else 0
-        return streams + embedding + blocks + necks + towers + outputs + table
+        bias = self.use_rel_pe * self.n_head * self.num_hidden_layers * max(self.window_sizes)
+        return streams + embedding + blocks + necks + towers + outputs + table + bias
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "ConvTransformerConfig":
@@ -539,6 +593,8 @@ class ConvTransformerConfig(PreTrainedConfig):
         if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict):
             raise ValueError(f"{path}: expected a mapping with a `model` section, as in configuration/balanced.yaml.")
         model = content.get("model", {})
+        if not model and "dataset" not in content:
+            raise ValueError(f"{path}: no `model` section, only {', '.join(map(str, content)) or 'nothing'}.")
         if "backbone" in model or model.get("backbone_type") == "convTransformerv2":
             fields = _fields_of_earlier_v2(path, content)
         elif any(section in content for section in ("dataset", "train_cfg", "test_cfg")):
@@ -548,20 +604,31 @@ class ConvTransformerConfig(PreTrainedConfig):
         fields.update(overrides)
         known = {field for field in cls.__dataclass_fields__ if not field.startswith("_")}
         known |= set(cls.attribute_map) | {"num_labels", "use_flash_attn", "attn_implementation"}
-        if unknown := sorted(set(fields) - known):
+        if unknown := sorted(str(field) for field in set(fields) - known):
             raise ValueError(
                 f"{path}: unknown fields in `model`: {', '.join(unknown)}. Known: {', '.join(sorted(known))}."
             )
         return cls(**fields)
 
 
+def _known_keys(path, section: str, given: Any) -> dict:
+    """A section of a v1 file, checked: a misspelt key would otherwise leave a default in its place."""
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: `{section}` is {given!r}; expected a mapping.")
+    known = set(_V1_FIELDS[section]) | _V1_OTHER_KEYS[section]
+    if unknown := [str(key) for key in given if key not in known]:
+        raise ValueError(
+            f"{path}: unknown keys in `{section}`: {', '.join(unknown)}. Known: {', '.join(sorted(known))}."
+        )
+    return given
+
+
 def _fields_of_v1(path, content: dict) -> dict:
     """Our fields for a YAML file of v1, whose silent keys have v1's defaults."""
     fields = dict(_V1_SETTINGS)
     for section, names in _V1_FIELDS.items():
-        given = content.get(section) or {}
-        if section == "model" and (unknown := sorted(set(given) - set(names) - {"max_buffer_len_factor"})):
-            raise ValueError(f"{path}: unknown keys in `model` of a v1 file: {', '.join(unknown)}.")
+        given = _known_keys(path, section, content.get(section))
         values = {**_V1_DEFAULTS[section], **{key: value for key, value in given.items() if key in names}}
         fields.update({names[key]: value for key, value in values.items()})
     if isinstance(fields["n_embd"], list | tuple):
@@ -580,9 +647,7 @@ def _fields_of_earlier_v2(path, content: dict) -> dict:
         backbone = {**_V1_SETTINGS, **backbone}
     fields = {}
     for section, names in _V1_FIELDS.items():
-        given = model if section == "model" else content.get(section) or {}
-        if section == "model" and (unknown := sorted(set(given) - set(names) - {"max_buffer_len_factor"})):
-            raise ValueError(f"{path}: unknown keys in `model`: {', '.join(unknown)}.")
+        given = _known_keys(path, section, model if section == "model" else content.get(section))
         fields.update({names[key]: value for key, value in given.items() if key in names})
     fields.update(backbone)
     if isinstance(fields.get("n_embd"), list | tuple):

@@ -160,7 +160,18 @@ def pad_labels(labels: list[dict], num_labels: int, device: torch.device) -> tup
     return segments, classes, is_segment
 
 
-class ConvTransformerLoss(nn.Module):
+class KeepsDtype(nn.Module):
+    """A module whose buffers keep their dtype under `model.to(torch.bfloat16)` and `model.half()`."""
+
+    def _apply(self, fn, recurse=True):
+        def move(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class ConvTransformerLoss(KeepsDtype):
     """
     Focal loss over valid points plus distance-IoU loss over positive points, both divided by a moving number of
     positives (`loss_normalizer`, saved with the model; updated in training before it is used, as in v1). When

@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_convtransformer import attend, eager_attention_forward, make_attention_mask
 from .configuration_convtransformer import ConvTransformerConfig
-from .loss_convtransformer import ConvTransformerLoss
+from .loss_convtransformer import ConvTransformerLoss, KeepsDtype
 
 
 @dataclass
@@ -162,11 +162,11 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         mean, var = self.running_mean, self.running_var
         if self.training:
-            valid = x.new_ones(*x.shape[:2], 1) if padding is None else (~padding).to(x.dtype)
-            valid = valid.float()
-            count = valid.sum().clamp(min=1)
-            mean = (x.float() * valid).sum((0, 1)) / count
-            var = ((x.float() - mean).square() * valid).sum((0, 1)) / count
+            filled = zero_padding(x.float(), padding)
+            valid = x.new_ones(*x.shape[:2], 1) if padding is None else ~padding
+            count = valid.float().sum().clamp(min=1)
+            mean = filled.sum((0, 1)) / count
+            var = zero_padding((filled - mean).square(), padding).sum((0, 1)) / count
             with torch.no_grad():
                 unbiased = var * count / (count - 1).clamp(min=1)
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
@@ -216,7 +216,7 @@ def make_drop_path(config) -> nn.Module:
 # Positions
 
 
-class ConvTransformerRotaryEmbedding(nn.Module):
+class ConvTransformerRotaryEmbedding(KeepsDtype):
     """
     Rotary positions (RoFormer, https://arxiv.org/abs/2104.09864), counted in steps of each level: step 3 of any level has
     the same rotation, as every level has the same window and shares the heads.
@@ -284,7 +284,8 @@ class PositionTable(nn.Module):
         self.table = nn.Parameter(torch.zeros(self.length, self.width)) if config.use_learned_pe else None
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        table = sinusoidal_positions(self.length, self.width, x.device) if self.table is None else self.table
+        length = min(x.shape[1], self.length)
+        table = sinusoidal_positions(length, self.width, x.device) if self.table is None else self.table
         if x.shape[1] > self.length:
             table = F.interpolate(table.T[None], x.shape[1], mode="linear", align_corners=False)[0].T
         return x + zero_padding(table[None, : x.shape[1]].to(x.dtype), padding)
