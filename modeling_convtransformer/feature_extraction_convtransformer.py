@@ -6,6 +6,8 @@ Seconds exist only here. The model works on the feature grid:
 
 import math
 import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ _POST_PROCESSING = {
     "voting_thresh": 0.75,
     "external_topk": 2,
 }
+# What v1 takes where a file's `dataset` does not say; it has no default rate.
+_V1_DATASET = {"input_dim": 2304, "feat_stride": 16, "num_frames": 32}
 _NMS_METHODS = ("soft", "linear", "hard", "none")
 _GEOMETRY = ("fps", "feature_stride", "num_frames", "duration")
 
@@ -87,13 +91,14 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
     ):
         settings = {name: kwargs.pop(name, default) for name, default in _POST_PROCESSING.items()}
         # The base class wants a rate: it is the recordings'.
-        kwargs.pop("sampling_rate", None)
-        super().__init__(feature_size=feature_size, sampling_rate=fps, padding_value=padding_value, **kwargs)
+        kwargs["sampling_rate"] = fps.item() if isinstance(fps, np.generic) else fps
+        super().__init__(feature_size=feature_size, padding_value=padding_value, **kwargs)
         if isinstance(feature_size, bool) or not isinstance(feature_size, int) or feature_size < 1:
             raise ValueError(f"feature_size is {feature_size!r}; expected the width of a feature, a positive integer.")
-        self.fps = fps
-        self.feature_stride = feature_stride
-        self.num_frames = feature_stride if num_frames is None else num_frames
+        num_frames = feature_stride if num_frames is None else num_frames
+        # (numbers of numpy cannot be saved as JSON)
+        numbers = [x.item() if isinstance(x, np.generic) else x for x in (fps, feature_stride, num_frames)]
+        self.fps, self.feature_stride, self.num_frames = numbers
         self.min_length = min_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.length_tolerance = length_tolerance
@@ -105,10 +110,10 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "ConvTransformerFeatureExtractor":
         """
         Reads the `feature_extractor` section of one of our YAML files (`configuration/*.yaml`), or `dataset` and
-        `test_cfg` of a v1 file. `overrides` replace what the file says, such as `fps=25`.
+        `test_cfg` of a v1 file, with v1's defaults. `overrides` replace what the file says, such as `fps=25`.
 
         Raises:
-            ValueError: the file has neither, or lacks fps or the feature stride.
+            ValueError: the file has neither, or lacks fps, or one of ours the feature stride or size.
         """
         import yaml  # PyYAML comes with transformers
 
@@ -117,15 +122,15 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         if not isinstance(content, dict):
             raise ValueError(f"{path}: expected a mapping, as in configuration/balanced.yaml.")
         if "feature_extractor" in content:
-            fields = dict(content["feature_extractor"])
+            fields = dict(content["feature_extractor"] or {})
         elif "dataset" in content:
-            dataset = content["dataset"]
+            dataset = {**_V1_DATASET, **(content["dataset"] or {})}
             names = {"input_dim": "feature_size", "default_fps": "fps", "feat_stride": "feature_stride"}
             names["num_frames"] = "num_frames"
             fields = {ours: dataset[theirs] for theirs, ours in names.items() if dataset.get(theirs) is not None}
             if isinstance(fields.get("feature_size"), list):
                 fields["feature_size"] = sum(fields["feature_size"])
-            fields["feature_stride"] = fields.get("feature_stride", 0) * dataset.get("downsample_rate", 1)
+            fields["feature_stride"] = fields.get("feature_stride", 0) * (dataset.get("downsample_rate") or 1)
             test_cfg = content.get("test_cfg") or {}
             fields.update({name: value for name, value in test_cfg.items() if name in _POST_PROCESSING})
         else:
@@ -313,13 +318,21 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
             (with `nms_method="none"` in the order of levels, as in v1).
 
         Raises:
-            ValueError: unknown settings, or settings out of range.
+            ValueError: unknown settings, settings out of range, or `external_scores` of another number of samples.
         """
         if unknown := sorted(set(settings) - set(_POST_PROCESSING)):
             raise ValueError(f"Unknown settings: {', '.join(unknown)}. Known: {', '.join(_POST_PROCESSING)}.")
         chosen = _check_settings({name: settings.get(name, getattr(self, name)) for name in _POST_PROCESSING})
         logits = torch.as_tensor(outputs["logits"])
         device, batch = logits.device, logits.shape[0]
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0):
+            raise ValueError(f"top_k is {top_k!r}; expected an integer, 0 or more, or None.")
+        if external_scores is not None:
+            external_scores = torch.as_tensor(external_scores)
+            if external_scores.ndim != 2 or len(external_scores) != batch:
+                raise ValueError(
+                    f"external_scores has shape {tuple(external_scores.shape)}; expected ({batch}, classes)."
+                )
         geometries = self._geometries(geometry, [f"sample {index}" for index in range(batch)])
 
         sample, segments, scores, labels = self._candidates(outputs, chosen)
@@ -357,7 +370,7 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
             if chosen["nms_method"] != "none":
                 result = _best(result, chosen["max_seg_num"])
             if external_scores is not None:
-                result = _fuse(result, torch.as_tensor(external_scores[index]), chosen["external_topk"])
+                result = _fuse(result, external_scores[index], chosen["external_topk"])
             if threshold is not None:
                 result = {key: value[result["scores"] > threshold] for key, value in result.items()}
             if top_k is not None:
@@ -475,6 +488,7 @@ def _suppress_rows(segments, scores, rows: list[torch.Tensor], decay, floor: flo
         pairs = overlap((starts[:, :, None], ends[:, :, None]), (starts[:, None], ends[:, None]))
         decays = decay(pairs).flatten(0, 1)
     first = torch.arange(len(rows)) * index.shape[1]
+    taken = current < 0
     picks, pick_scores = [], []
     for turn in range(turns):
         best_scores, best = current.max(dim=1)
@@ -488,7 +502,8 @@ def _suppress_rows(segments, scores, rows: list[torch.Tensor], decay, floor: flo
             current *= decays.index_select(0, first + best)
         else:
             current *= decay(overlap((starts.gather(1, chosen), ends.gather(1, chosen)), (starts, ends)))
-        current.scatter_(1, chosen, -1.0)
+        # Again each time: decays take -1 to -0, which would pass where min_score is 0.
+        current.masked_fill_(taken.scatter_(1, chosen, True), -1.0)
     picks, pick_scores = torch.stack(picks, 1), torch.stack(pick_scores, 1)
     keep = pick_scores >= floor
     keep[:, 0] = True
@@ -538,10 +553,12 @@ def _as_samples(features) -> list:
     """One sample or many, as a list of samples."""
     if isinstance(features, str | os.PathLike):
         return [features]
-    if isinstance(features, torch.Tensor | np.ndarray):
-        return [features] if features.ndim < 3 else list(features)
+    if isinstance(features, torch.Tensor | np.ndarray) and features.ndim < 3:
+        return [features]
     if len(features) == 0:
-        raise ValueError("No features given: the list is empty.")
+        raise ValueError("No features given: there is no sample.")
+    if isinstance(features, torch.Tensor | np.ndarray):
+        return list(features)
     first = features[0]
     if isinstance(first, str | os.PathLike) or (hasattr(first, "ndim") and first.ndim != 1):
         return list(features)
@@ -564,22 +581,25 @@ def _name_samples(samples: list, names: Sequence[str] | None) -> list[str]:
 def _load(path: str | os.PathLike, name: str) -> np.ndarray:
     try:
         loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            return loaded
+        with loaded:
+            arrays = loaded.files
+            keys = [key for key in ("features", "feats") if key in arrays] or arrays
+            if len(keys) == 1:
+                return loaded[keys[0]]
     except FileNotFoundError as error:
         raise ValueError(f"{name}: there is no file {path}.") from error
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{name}: {path} is no readable .npy or .npz file of numbers ({error}). Object arrays are refused, because "
             "loading them runs code: save with np.save(path, array.astype(np.float32))."
         ) from error
-    if isinstance(loaded, np.lib.npyio.NpzFile):
-        keys = [key for key in ("features", "feats") if key in loaded.files] or loaded.files
-        if len(keys) != 1:
-            raise ValueError(f"{name}: {path} holds the arrays {loaded.files}; expected one, or one named 'features'.")
-        try:
-            return loaded[keys[0]]
-        except ValueError as error:
-            raise ValueError(f"{name}: {path} holds an object array, which is refused ({error}).") from error
-    return loaded
+    raise ValueError(f"{name}: {path} holds the arrays {arrays}; expected one, or one named 'features'.")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
 def _check_geometry(geometry: dict, name: str):
@@ -588,7 +608,7 @@ def _check_geometry(geometry: dict, name: str):
     for key, value in geometry.items():
         if key == "duration" and value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < math.inf:
+        if not _is_number(value) or not 0 < value < math.inf:
             unit = {"fps": "frames per second", "duration": "seconds"}.get(key, "frames")
             raise ValueError(f"{name}: {key} is {value!r}; expected a positive number of {unit}.")
 
@@ -597,13 +617,17 @@ def _check_settings(settings: dict) -> dict:
     if settings["nms_method"] not in _NMS_METHODS:
         raise ValueError(f"nms_method is {settings['nms_method']!r}; expected one of {', '.join(_NMS_METHODS)}.")
     for name in ("pre_nms_topk", "max_seg_num", "external_topk"):
-        if not isinstance(settings[name], int) or settings[name] < 1:
+        if isinstance(settings[name], bool) or not isinstance(settings[name], int) or settings[name] < 1:
             raise ValueError(f"{name} is {settings[name]!r}; expected a positive integer.")
     for name in ("pre_nms_thresh", "min_score", "iou_threshold", "duration_thresh"):
-        if not settings[name] >= 0:
-            raise ValueError(f"{name} is {settings[name]!r}; expected 0 or more.")
-    if not settings["nms_sigma"] > 0:
+        if not _is_number(settings[name]) or not settings[name] >= 0:
+            raise ValueError(f"{name} is {settings[name]!r}; expected a number, 0 or more.")
+    if not _is_number(settings["nms_sigma"]) or not settings["nms_sigma"] > 0:
         raise ValueError(f"nms_sigma is {settings['nms_sigma']!r}; expected a positive number, such as 0.5.")
+    if not _is_number(settings["voting_thresh"]) or math.isnan(settings["voting_thresh"]):
+        raise ValueError(f"voting_thresh is {settings['voting_thresh']!r}; expected a number; 0 turns voting off.")
+    if not isinstance(settings["multiclass_nms"], bool):
+        raise ValueError(f"multiclass_nms is {settings['multiclass_nms']!r}; expected True or False.")
     return settings
 
 
@@ -614,14 +638,23 @@ def _is_activitynet_list(annotations) -> bool:
 
 def _to_labels(annotation, length: int, geometry: dict, label2id: dict[str, int] | None, name: str) -> dict:
     """Annotated segments in seconds as model labels on the feature grid."""
-    if isinstance(annotation, dict):
-        seconds = annotation["segments"]
-        classes = annotation["labels"] if "labels" in annotation else annotation["class_labels"]
-    else:
-        seconds = [entry["segment"] for entry in annotation]
-        by_name = label2id is not None or any("label_id" not in entry for entry in annotation)
-        classes = [entry["label" if by_name and "label" in entry else "label_id"] for entry in annotation]
-    seconds = np.asarray(seconds, dtype=np.float64).reshape(-1, 2) if len(seconds) else np.zeros((0, 2))
+    try:
+        if isinstance(annotation, dict):
+            seconds = annotation["segments"]
+            classes = annotation["labels"] if "labels" in annotation else annotation["class_labels"]
+        else:
+            seconds = [entry["segment"] for entry in annotation]
+            by_name = label2id is not None or any("label_id" not in entry for entry in annotation)
+            classes = [entry["label" if by_name and "label" in entry else "label_id"] for entry in annotation]
+        seconds = np.asarray(seconds, dtype=np.float64)
+        seconds = seconds if seconds.size else np.zeros((0, 2))
+        if seconds.ndim != 2 or seconds.shape[1] != 2:
+            raise ValueError(f"the segments have shape {seconds.shape}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}: no annotations in a known form ({type(error).__name__}: {error}); expected a dict with segments (N, 2) "
+            "and labels (N,), or a list of dicts with segment, [start, end], and label or label_id."
+        ) from error
     if len(seconds) != len(classes):
         raise ValueError(
             f"{name}: {len(seconds)} segments and {len(classes)} labels; give one label for each segment."
@@ -661,7 +694,11 @@ def _to_id(label, label2id: dict[str, int] | None, name: str, index: int) -> int
         if label not in label2id:
             raise ValueError(f"{name}: segment {index} has the label {label!r}; known: {', '.join(label2id)}.")
         return int(label2id[label])
-    if float(label) != int(label) or label < 0 or (label2id is not None and int(label) not in label2id.values()):
+    try:
+        is_id = float(label).is_integer() and label >= 0
+    except (TypeError, ValueError):
+        is_id = False
+    if not is_id or (label2id is not None and int(label) not in label2id.values()):
         known = "a class id of id2label" if label2id is None else f"one of {sorted(label2id.values())}"
         raise ValueError(f"{name}: segment {index} has the label {label!r}; expected {known}.")
     return int(label)
