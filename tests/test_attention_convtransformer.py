@@ -133,27 +133,27 @@ def test_equals_a_dense_softmax(seed, length, window, padding, is_causal, heads,
 
 
 # One case of each kind at every window, so that none depends on what hypothesis draws.
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both_ways", "causal"])
 @pytest.mark.parametrize("padding", ["none", "right", "left", "holes"])
-@pytest.mark.parametrize("window", [-1, 3, 5, 9, 19, 63, 141])
-def test_outputs_and_gradients_equal_a_dense_softmax(window, padding, is_causal, implementation):
-    query, key, value, valid, bias = random_case(window, 2, 70, 4, 2, padding, window, window > 1)
+@pytest.mark.parametrize("window", [-1, 3, 9, 63, 141])
+def test_outputs_and_gradients_equal_a_dense_softmax(window, padding, is_causal):
+    length = 70
+    query, key, value, valid, bias = random_case(window, 2, length, 4, 2, padding, window, window > 1)
     inputs = [query, key, value] + ([bias] if bias is not None else [])
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    may_see = allowed(torch.ones(2, 70, dtype=torch.bool) if valid is None else valid, 70, window, is_causal)
-    direction = torch.randn(2, 70, 4, 4, generator=torch.Generator().manual_seed(1))
+    may_see = allowed(torch.ones(2, length, dtype=torch.bool) if valid is None else valid, length, window, is_causal)
+    direction = torch.randn(2, length, 4, 4, generator=torch.Generator().manual_seed(1))
     direction = direction * may_see.any(-1)[:, 0, :, None, None]
-
     expected = dense(query, key, value, may_see, bias)
     expected_gradients = torch.autograd.grad((expected * direction).sum(), inputs)
-    output, _ = attend_here(implementation, query, key, value, valid, window, is_causal, bias)
-    gradients = torch.autograd.grad((output * direction).sum(), inputs)
-    torch.testing.assert_close(output.double() * direction, expected * direction, **CLOSE)
-    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-        assert gradient.isfinite().all()
-        # a gradient of a bias sums over 2 * 70 queries: ten times the tolerance of one value
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
+    for implementation in ("eager", "sdpa"):
+        output, _ = attend_here(implementation, query, key, value, valid, window, is_causal, bias)
+        gradients = torch.autograd.grad((output * direction).sum(), inputs)
+        torch.testing.assert_close(output.double() * direction, expected * direction, **CLOSE)
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            assert gradient.isfinite().all()
+            # a gradient of a bias sums over 2 * 70 queries: ten times the tolerance of one value
+            torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
