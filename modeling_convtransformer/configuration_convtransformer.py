@@ -4,6 +4,7 @@ The field names are those that users of ActionFormer's YAML files (v1) and of it
 Face's names for the same things work too (`attribute_map`).
 """
 
+import ast
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -121,7 +122,8 @@ _V1_OTHER_KEYS = {
         "num_frames",
         "trunc_thresh",
     },
-    "model": {"max_buffer_len_factor"},
+    # v1's recorded config.txt repeats some of the other sections inside `model`.
+    "model": {"max_buffer_len_factor", "input_dim", "num_classes", "max_seq_len", "train_cfg", "test_cfg"},
     "train_cfg": {"clip_grad_l2norm"},
 }
 
@@ -573,8 +575,8 @@ class ConvTransformerConfig(PreTrainedConfig):
 
         - ours (`configuration/*.yaml`): `model` holds the fields of this class;
         - the earlier v2's: `model` holds `backbone_type` and a `backbone` mapping (what it leaves out is our default);
-        - v1's (`configs/*.yaml` of ActionFormer's release): `dataset`, `model` with `embd_dim`, `backbone_arch`, ...,
-          and `train_cfg` (what it leaves out is v1's default).
+        - v1's (`configs/*.yaml` of ActionFormer's release, or the config.txt that its training script records):
+          `dataset`, `model` with `embd_dim`, `backbone_arch`, ..., and `train_cfg` (what it leaves out is v1's default).
 
         Args:
             path: the file.
@@ -583,14 +585,8 @@ class ConvTransformerConfig(PreTrainedConfig):
         Raises:
             ValueError: the file is not a mapping, or a key is neither a field nor a known key of its dialect.
         """
-        import yaml  # PyYAML comes with transformers
-
-        with open(path, encoding="utf-8") as file:
-            try:
-                content = yaml.safe_load(file)
-            except yaml.YAMLError as error:
-                raise ValueError(f"{path}: not a YAML file ({error}).") from error
-        if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict):
+        content = read_recipe(path)
+        if not isinstance(content.get("model", {}), dict):
             raise ValueError(f"{path}: expected a mapping with a `model` section, as in configuration/balanced.yaml.")
         model = content.get("model", {})
         if not model and "dataset" not in content:
@@ -609,6 +605,25 @@ class ConvTransformerConfig(PreTrainedConfig):
                 f"{path}: unknown fields in `model`: {', '.join(unknown)}. Known: {', '.join(sorted(known))}."
             )
         return cls(**fields)
+
+
+def read_recipe(path: str | Path) -> dict:
+    """
+    The content of a YAML file, or of a config.txt of v1, which holds a Python dictionary.
+
+    Raises:
+        ValueError: the file is neither, or holds no mapping.
+    """
+    import yaml  # PyYAML comes with transformers
+
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        content = ast.literal_eval(text) if str(path).endswith(".txt") else yaml.safe_load(text)
+    except (yaml.YAMLError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: not a YAML file, nor a config.txt of v1 ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping with a `model` section, as in configuration/balanced.yaml.")
+    return content
 
 
 def _known_keys(path, section: str, given: Any) -> dict:

@@ -18,6 +18,8 @@ from torch import nn
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
 
+from .configuration_convtransformer import read_recipe
+
 # Post-processing settings and v1's defaults. "soft" is Gaussian soft-NMS.
 _POST_PROCESSING = {
     "pre_nms_thresh": 0.001,
@@ -115,12 +117,7 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         Raises:
             ValueError: the file has neither, or lacks fps, or one of ours the feature stride or size.
         """
-        import yaml  # PyYAML comes with transformers
-
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: expected a mapping, as in configuration/balanced.yaml.")
+        content = read_recipe(path)
         if "feature_extractor" in content:
             fields = dict(content["feature_extractor"] or {})
         elif "dataset" in content:

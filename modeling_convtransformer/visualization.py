@@ -41,13 +41,19 @@ def plot_timeline(
     figure, axes = plt.subplots(figsize=(12, 0.75 * len(rows) + 1.3), layout="constrained")
     last = duration or 0.0
     for height, (_, row) in enumerate(reversed(rows)):
-        scores = row.get("scores", [1.0] * len(row["labels"]))
-        for (start, end), label, score in zip(row["segments"], row["labels"], scores, strict=True):
-            start, end, label = float(start), float(end), int(label)
+        starts, ends = ([float(pair[end]) for pair in row["segments"]] for end in (0, 1))
+        scores = [float(score) for score in row["scores"]] if "scores" in row else [1.0] * len(starts)
+        lanes = _lanes(starts, ends, scores)
+        thickness = 0.8 / (max(lanes, default=0) + 1)
+        for start, end, label, score, lane in zip(starts, ends, row["labels"], scores, lanes, strict=True):
             axes.barh(
-                height, end - start, left=start, height=0.7, color=colours[label], alpha=0.25 + 0.75 * float(score),
-                edgecolor="black", linewidth=0.6,
-            )  # fmt: skip
+                height + 0.4 - thickness * (lane + 0.5),
+                end - start,
+                left=start,
+                height=0.94 * thickness,
+                color=colours[int(label)],
+                alpha=0.2 + 0.8 * score,
+            )
             last = max(last, end)
     axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
     axes.set_xlim(0, last)
@@ -65,3 +71,14 @@ def plot_timeline(
     plt.close(figure)
     os.replace(temporary, path)
     return path
+
+
+def _lanes(starts: list[float], ends: list[float], scores: list[float]) -> list[int]:
+    """The first free lane for each segment, so that none covers another; the best segments get the first lanes."""
+    lanes = [0] * len(starts)
+    placed: list[int] = []
+    for index in sorted(range(len(starts)), key=lambda index: -scores[index]):
+        taken = {lanes[other] for other in placed if starts[index] < ends[other] and starts[other] < ends[index]}
+        lanes[index] = next(lane for lane in range(len(starts)) if lane not in taken)
+        placed.append(index)
+    return lanes
