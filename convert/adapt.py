@@ -1,0 +1,198 @@
+"""Start a model of one configuration from the weights of another: what fits is copied, what nearly fits is adapted.
+
+    model, report = adapt(source_model, target_config)
+
+Every tensor of the new model ends in one of three states, which `report` lists:
+
+- copied: same name, same shape, same meaning.
+- adapted: made from the source's tensors, in a way that the report names:
+    - key and value heads averaged in groups (GQA, Ainslie et al., 2023, https://arxiv.org/abs/2305.13245);
+    - the gain of a LayerNorm as that of an RMSNorm (its bias is dropped);
+    - a position table resampled to another length;
+    - a GELU MLP as a SwiGLU: gelu(u) is nearly u * sigmoid(1.702 u) = silu(1.702 u) / 1.702, which is a SwiGLU whose
+      gate is 1.702 u and whose other factor is the constant 1 / 1.702. Where it has fewer hidden units, the ones that
+      matter least (smallest product of the norms of their weights) go.
+    - the classification head's rows of classes that both have, by name;
+    - the first convolution's columns of streams that both have.
+- initialised: as in a new model.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from modeling_convtransformer import ConvTransformerConfig, ConvTransformerForTemporalActionLocalization
+
+from .checkpoint import ConversionError
+
+# Hendrycks and Gimpel, 2016 (https://arxiv.org/abs/1606.08415): gelu(x) is close to x * sigmoid(1.702 x).
+_GELU_SLOPE = 1.702
+
+
+class Report(dict):
+    """For each tensor of the new model (state, how, number of elements); printed as the share of each state."""
+
+    def add(self, name: str, state: str, how: str, size: int):
+        self[name] = {"state": state, "how": how, "parameters": size}
+
+    def shares(self) -> dict[str, dict]:
+        """For each state and way: tensors, parameters and the share of all parameters."""
+        total = sum(entry["parameters"] for entry in self.values())
+        rows: dict[str, dict] = {}
+        for entry in self.values():
+            key = entry["state"] if not entry["how"] else f"{entry['state']}: {entry['how']}"
+            row = rows.setdefault(key, {"tensors": 0, "parameters": 0, "share": 0.0})
+            row["tensors"] += 1
+            row["parameters"] += entry["parameters"]
+            row["share"] = row["parameters"] / total
+        return dict(sorted(rows.items()))
+
+    def __str__(self) -> str:
+        lines = [f"{'state':<64}{'tensors':>9}{'parameters':>13}{'share':>9}"]
+        for state, row in self.shares().items():
+            lines.append(f"{state:<64}{row['tensors']:>9}{row['parameters']:>13,}{100 * row['share']:>8.1f}%")
+        return "\n".join(lines)
+
+    def write(self, path: Path):
+        path.write_text(json.dumps({"shares": self.shares(), "tensors": self}, indent=1) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def adapt(
+    source: ConvTransformerForTemporalActionLocalization, config: ConvTransformerConfig
+) -> tuple[ConvTransformerForTemporalActionLocalization, Report]:
+    """
+    A model of `config` that starts from `source` where it can.
+
+    Raises:
+        ConversionError: nothing at all can be carried over.
+    """
+    model = ConvTransformerForTemporalActionLocalization(config)
+    theirs, report = source.state_dict(), Report()
+    gelu_to_swiglu = config.use_swiglu and not source.config.use_swiglu
+    for name, tensor in model.state_dict().items():
+        state, how, value = _carry(name, tensor, theirs, source.config, config, gelu_to_swiglu)
+        if value is not None:
+            tensor.copy_(value)
+        report.add(name, state, how, tensor.numel())
+    if all(entry["state"] == "initialised" for entry in report.values()):
+        raise ConversionError(
+            f"Nothing fits: the source has n_embd {source.config.n_embd} and n_in {source.config.n_in}, the target "
+            f"{config.n_embd} and {config.n_in}. Choose a target of the same width."
+        )
+    return model, report
+
+
+def _carry(name, tensor, theirs, source, target, gelu_to_swiglu):
+    """(state, how, value or None) of one tensor of the new model."""
+    if ".mlp." in name and gelu_to_swiglu:
+        value = _swiglu_from_gelu(name, tensor, theirs)
+        if value is not None:
+            return "adapted", "GELU MLP as SwiGLU", value
+        return "initialised", "", None
+    if ".mlp." in name and source.use_swiglu != target.use_swiglu:
+        return "initialised", "", None
+    if name.startswith("class_head.output."):
+        return _by_class_name(name, tensor, theirs, source, target)
+    reads_streams = name == "model.embedding.convs.0.weight" or name.startswith("model.embedding.streams.")
+    if reads_streams and source.stream_widths != target.stream_widths:
+        return _by_stream(name, tensor, theirs, source, target)
+    if name not in theirs:
+        return "initialised", "", None
+    value = theirs[name]
+    if _is_norm(name) and source.use_rms_norm != target.use_rms_norm and value.shape == tensor.shape:
+        if target.use_rms_norm:
+            return "adapted", "LayerNorm's gain into RMSNorm", value
+        return (
+            ("adapted", "RMSNorm's gain into LayerNorm", value)
+            if name.endswith("weight")
+            else ("initialised", "", None)
+        )
+    if value.shape == tensor.shape:
+        return "copied", "", value
+    if ".k_proj." in name or ".v_proj." in name:
+        heads, kept = source.n_kv_head or source.n_head, target.n_kv_head or target.n_head
+        width = target.n_embd // target.n_head
+        if source.n_embd == target.n_embd and source.n_head == target.n_head and heads % kept == 0:
+            grouped = value.unflatten(0, (kept, heads // kept, width)).mean(dim=1)
+            return "adapted", "key/value heads averaged in groups", grouped.flatten(0, 1)
+    if name == "model.embedding.positions.table" and value.shape[1] == tensor.shape[1]:
+        value = F.interpolate(value.T[None], len(tensor), mode="linear", align_corners=False)[0].T
+        return "adapted", "position table resampled", value
+    return "initialised", "", None
+
+
+def _is_norm(name: str) -> bool:
+    return any(part in name for part in (".norms.", ".ln1.", ".ln2.", "_norm."))
+
+
+def _swiglu_from_gelu(name: str, tensor: torch.Tensor, theirs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    prefix, layer, kind = name.rsplit(".", 2)
+    if f"{prefix}.up_proj.weight" not in theirs:
+        return None
+    up, down = theirs[f"{prefix}.up_proj.weight"], theirs[f"{prefix}.down_proj.weight"]
+    hidden = tensor.shape[1] if (layer, kind) == ("down_proj", "weight") else len(tensor)
+    if (layer, kind) == ("down_proj", "bias"):
+        return theirs[name] if theirs[name].shape == tensor.shape else None
+    if up.shape[1] != down.shape[0] or hidden > len(up) or (kind == "weight" and up.shape[1] not in tensor.shape):
+        return None
+    kept = (up.norm(dim=1) * down.norm(dim=0)).topk(hidden).indices.sort().values
+    if layer == "gate_proj":
+        return _GELU_SLOPE * theirs[f"{prefix}.up_proj.{kind}"][kept]
+    if layer == "up_proj":
+        return torch.zeros_like(tensor) if kind == "weight" else torch.full_like(tensor, 1 / _GELU_SLOPE)
+    return down[:, kept]
+
+
+def _by_class_name(name, tensor, theirs, source, target):
+    value = theirs[name]
+    if value.shape[1:] != tensor.shape[1:]:
+        return "initialised", "", None
+    if source.id2label == target.id2label:
+        return "copied", "", value
+    rows = [
+        (target_id, source.label2id[label])
+        for target_id, label in target.id2label.items()
+        if label in source.label2id and not label.startswith("LABEL_")
+    ]
+    if not rows:
+        return "initialised", "", None
+    carried = tensor.clone()
+    carried[[row for row, _ in rows]] = value[[row for _, row in rows]]
+    return "adapted", f"{len(rows)} of {len(tensor)} classes by name", carried
+
+
+def _shared_streams(source, target) -> dict[int, int]:
+    """Target stream to source stream. Streams have no names: they are the same if both their widths are, in order."""
+    if source.projected_stream_widths is None or target.projected_stream_widths is None:
+        return {}
+    theirs = list(zip(source.stream_widths, source.projected_stream_widths, strict=True))
+    shared, start = {}, 0
+    for index, widths in enumerate(zip(target.stream_widths, target.projected_stream_widths, strict=True)):
+        if widths in theirs[start:]:
+            shared[index] = theirs.index(widths, start)
+            start = shared[index] + 1
+    return shared
+
+
+def _by_stream(name, tensor, theirs, source, target):
+    """Projections of the streams that both models have, and their columns of the first convolution."""
+    shared = _shared_streams(source, target)
+    how = f"{len(shared)} of {len(target.stream_widths)} streams"
+    if name != "model.embedding.convs.0.weight":
+        index = int(name.split(".")[3])
+        if index not in shared:
+            return "initialised", "", None
+        return "adapted", how, theirs[name.replace(f".{index}.", f".{shared[index]}.")]
+    if not shared or theirs[name].shape[::2] != tensor.shape[::2]:
+        return "initialised", "", None
+    parts = theirs[name].split(source.projected_stream_widths, dim=1)
+    columns = list(tensor.split(target.projected_stream_widths, dim=1))
+    for index, own in shared.items():
+        columns[index] = parts[own]
+    return "adapted", how, torch.cat(columns, dim=1)
+
+
+__all__ = ["Report", "adapt"]
