@@ -18,7 +18,6 @@ from modeling_convtransformer.attention_convtransformer import (
     make_attention_mask,
 )
 
-torch.set_num_threads(2)
 
 INTERFACES = {"eager": eager_attention_forward, "sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"]}
 

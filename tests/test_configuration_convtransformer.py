@@ -18,7 +18,6 @@ from modeling_convtransformer import (
     ConvTransformerModel,
 )
 
-torch.set_num_threads(2)
 
 CONFIGURATION = Path(__file__).parent.parent / "configuration"
 

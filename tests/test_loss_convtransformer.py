@@ -21,7 +21,6 @@ from modeling_convtransformer.loss_convtransformer import (
     sigmoid_focal_loss,
 )
 
-torch.set_num_threads(2)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LOSSES = load_file(FIXTURES / "v1_losses.safetensors")
