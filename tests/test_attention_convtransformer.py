@@ -18,7 +18,6 @@ from modeling_convtransformer.attention_convtransformer import (
     make_attention_mask,
 )
 
-
 INTERFACES = {"eager": eager_attention_forward, "sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"]}
 
 # float32 against float64: sums of up to 100 products of values around 1, each off by 6e-8, in scores and outputs.

@@ -18,7 +18,6 @@ from modeling_convtransformer import (
     ConvTransformerModel,
 )
 
-
 CONFIGURATION = Path(__file__).parent.parent / "configuration"
 
 # For every field of the class a value that is not its default, with what else must change for it to be legal.

@@ -21,7 +21,6 @@ from modeling_convtransformer.loss_convtransformer import (
     sigmoid_focal_loss,
 )
 
-
 FIXTURES = Path(__file__).parent / "fixtures"
 LOSSES = load_file(FIXTURES / "v1_losses.safetensors")
 TARGETS = load_file(FIXTURES / "v1_targets.safetensors")
