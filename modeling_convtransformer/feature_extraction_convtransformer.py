@@ -499,8 +499,9 @@ def _suppress_rows(segments, scores, rows: list[torch.Tensor], decay, floor: flo
             current *= decays.index_select(0, first + best)
         else:
             current *= decay(overlap((starts.gather(1, chosen), ends.gather(1, chosen)), (starts, ends)))
-        # Again each time: decays take -1 to -0, which would pass where min_score is 0.
-        current.masked_fill_(taken.scatter_(1, chosen, True), -1.0)
+        current.scatter_(1, chosen, -1.0)
+        if floor <= 0:  # decays take -1 to -0, which would pass
+            current.masked_fill_(taken.scatter_(1, chosen, True), -1.0)
     picks, pick_scores = torch.stack(picks, 1), torch.stack(pick_scores, 1)
     keep = pick_scores >= floor
     keep[:, 0] = True

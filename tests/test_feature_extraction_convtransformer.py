@@ -1439,7 +1439,7 @@ def test_settings_of_the_extractor_count_unless_the_call_says_otherwise():
 
 
 def test_equal_scores_stay_in_order_of_time_and_class():
-    """Saturated scores are common; with v1, pre_nms_topk keeps the earliest of them, here by hand."""
+    """Saturated scores are common."""
     logits = torch.full((1, 40, 3), 50.0)
     segments = torch.stack([torch.arange(40.0) * 10, torch.arange(40.0) * 10 + 5], dim=1)[None]
     (result,) = process(plain(), {"logits": logits, "pred_segments": segments}, nms_method="none", pre_nms_topk=120)
