@@ -44,6 +44,7 @@ def train(model, dataset, feature_extractor, recipe: dict, folder: Path):
         lr_scheduler_type="cosine",
         max_grad_norm=recipe["clip_grad_l2norm"],
         remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
