@@ -254,6 +254,8 @@ def test_a_padded_sample_equals_the_same_sample_alone(variant, implementation):
                 padded = pyramid.feature_maps[level][row]
                 assert pyramid.feature_masks[level][row].tolist() == [1] * steps + [0] * (len(padded) - steps)
                 torch.testing.assert_close(padded[:steps], feature_map[0], **CLOSE)
+                if model.config.backbone_type == "convTransformer" and level + model.config.arch[1] > 0:
+                    assert (padded[steps:] == 0).all()  # what a transformer block writes
 
 
 @pytest.mark.parametrize("variant", ["default", "window", "fpn", "causal_window"])
@@ -282,6 +284,14 @@ def test_without_masked_inputs_padding_leaks_as_in_v1():
             difference.append((output.logits[row, valid] - run(model, sample).logits[0]).abs().max().item())
         assert difference[1] < 1e-5  # a sample that fills the batch is the same in either case
         assert difference[0] < 1e-5 if mask_conv_inputs else difference[0] > 0.01
+
+
+@pytest.mark.parametrize("garbage", [1e6, math.nan])
+def test_streams_are_masked_before_they_are_joined_as_in_v1(garbage):
+    model = make_detector(**PLAIN, mask_conv_inputs=False, n_in=[2, 4])
+    samples = make_samples(model.config, [19, 40])
+    zeros, other = (run(model, *pad(samples, filler, 40)) for filler in (0.0, garbage))
+    assert torch.equal(zeros.logits, other.logits)
 
 
 def test_padding_invariance_in_training_mode_with_batch_norm():
