@@ -320,6 +320,14 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         if unknown := sorted(set(settings) - set(_POST_PROCESSING)):
             raise ValueError(f"Unknown settings: {', '.join(unknown)}. Known: {', '.join(_POST_PROCESSING)}.")
         chosen = _check_settings({name: settings.get(name, getattr(self, name)) for name in _POST_PROCESSING})
+        names = ("logits", "pred_segments", "point_mask", "point_levels")
+        get = outputs.get if isinstance(outputs, dict) else lambda name: getattr(outputs, name, None)
+        outputs = {name: get(name) for name in names}
+        if missing := [name for name in names[:2] if outputs[name] is None]:
+            raise ValueError(
+                f"The outputs have no {' and no '.join(missing)}; expected those of "
+                "ConvTransformerForTemporalActionLocalization."
+            )
         logits = torch.as_tensor(outputs["logits"])
         device, batch = logits.device, logits.shape[0]
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0):
@@ -380,7 +388,7 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
     def _candidates(outputs, settings: dict) -> tuple[torch.Tensor, ...]:
         """Best scored segments of each level: sample (N,), segments (N, 2) on the grid, scores (N,), labels (N,), on CPU."""
         logits, pred_segments = torch.as_tensor(outputs["logits"]), torch.as_tensor(outputs["pred_segments"])
-        point_mask, levels = outputs.get("point_mask"), outputs.get("point_levels")
+        point_mask, levels = outputs["point_mask"], outputs["point_levels"]
         batch, points, classes = logits.shape
         scores = logits.detach().float().sigmoid()
         if point_mask is not None:

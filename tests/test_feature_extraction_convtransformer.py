@@ -6,6 +6,7 @@ import math
 import os
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1445,3 +1446,14 @@ def test_equal_scores_stay_in_order_of_time_and_class():
     (result,) = process(plain(), {"logits": logits, "pred_segments": segments}, nms_method="none", pre_nms_topk=120)
     assert result["labels"].tolist() == [0, 1, 2] * 40
     assert result["segments"][:, 0].tolist() == [10.0 * (index // 3) + 0.5 for index in range(120)]
+
+
+def test_outputs_may_be_any_object_with_the_right_names():
+    extractor = ConvTransformerFeatureExtractor(4, 10, 5, 5)
+    fields = {"logits": torch.tensor([[[4.0], [-9.0]]]), "pred_segments": torch.tensor([[[1.0, 3.0], [0.0, 9.0]]])}
+    (found,) = extractor.post_process_temporal_action_localization(SimpleNamespace(**fields))
+    # (grid * 5 + 2.5) / 10
+    assert found["segments"].tolist() == [[0.75, 1.75]]
+    assert found["scores"].tolist() == pytest.approx([1 / (1 + math.exp(-4))], rel=1e-6)
+    with pytest.raises(ValueError, match="no pred_segments"):
+        extractor.post_process_temporal_action_localization({"logits": fields["logits"]})
