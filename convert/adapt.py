@@ -19,8 +19,10 @@ Every tensor of the new model ends in one of three states, which `report` lists:
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 
 from modeling_convtransformer import ConvTransformerConfig, ConvTransformerForTemporalActionLocalization
@@ -29,6 +31,39 @@ from .checkpoint import ConversionError
 
 # Hendrycks and Gimpel, 2016 (https://arxiv.org/abs/1606.08415): gelu(x) is close to x * sigmoid(1.702 x).
 _GELU_SLOPE = 1.702
+
+
+# What the data decide, not the architecture: a target configuration takes these from the source.
+_OF_THE_DATA = ("n_in", "stream_dims", "max_len", "id2label", "label2id", "empty_labels")
+
+
+def find_configuration(name: str) -> Path:
+    """A YAML file by path, or one of ours (configuration/*.yaml) by name."""
+    ours = Path(__file__).resolve().parent.parent / "configuration"
+    for path in (Path(name), ours / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in ours.glob("*.yaml")))
+    raise ConversionError(f"There is no configuration {name}: neither a file, nor one of {known}.")
+
+
+def target_config(source: ConvTransformerConfig, target: str, **overrides: Any) -> ConvTransformerConfig:
+    """
+    The configuration `target` (a path, or a name such as "balanced") for the source's features and classes.
+
+    Raises:
+        ConversionError: there is no such configuration, or it does not go with the overrides.
+    """
+    path = find_configuration(target)
+    fields = {name: getattr(source, name) for name in _OF_THE_DATA}
+    try:
+        config = ConvTransformerConfig.from_yaml(path, **{**fields, "num_labels": source.num_labels, **overrides})
+        if source.regression_range is not None and len(source.regression_range) == len(config.detector_strides):
+            config.regression_range = source.regression_range
+        config.validate_architecture()
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConversionError(f"{path}: {error}") from error
+    return config
 
 
 class Report(dict):
@@ -71,7 +106,7 @@ def adapt(
     """
     model = ConvTransformerForTemporalActionLocalization(config)
     theirs, report = source.state_dict(), Report()
-    gelu_to_swiglu = config.use_swiglu and not source.config.use_swiglu
+    gelu_to_swiglu = config.use_swiglu and not source.config.use_swiglu and config.n_embd == source.config.n_embd
     for name, tensor in model.state_dict().items():
         state, how, value = _carry(name, tensor, theirs, source.config, config, gelu_to_swiglu)
         if value is not None:
@@ -195,4 +230,4 @@ def _by_stream(name, tensor, theirs, source, target):
     return "adapted", how, torch.cat(columns, dim=1)
 
 
-__all__ = ["Report", "adapt"]
+__all__ = ["Report", "adapt", "find_configuration", "target_config"]
