@@ -17,17 +17,22 @@ What its blocks compute otherwise than ours, and how ours is made to compute it:
                                                       of the branch are turned                              no
 """
 
+import json
 import warnings
 from pathlib import Path
 
 import torch
 
-from modeling_convtransformer import ConvTransformerConfig, ConvTransformerForTemporalActionLocalization
+from modeling_convtransformer import (
+    ConvTransformerConfig,
+    ConvTransformerForTemporalActionLocalization,
+    ConvTransformerModel,
+)
 from modeling_convtransformer.configuration_convtransformer import read_recipe
 
 from . import actionformer
 from .adapt import Report
-from .checkpoint import ConversionError, Rule, map_names, read_state, write_folder
+from .checkpoint import ConversionError, Rule, check_free, map_names, read_state, write_folder
 
 # Outside the attention of the stem it is v1.
 RULES = [
@@ -60,7 +65,7 @@ Converted from `{source}`, a checkpoint of the earlier v2 (`convTransformerv2`),
 ```python
 from modeling_convtransformer import {classes}
 
-model = {model_class}.from_pretrained("{name}").eval()
+model = {model_class}.from_pretrained({path}).eval()
 ```
 """
 
@@ -91,28 +96,22 @@ def convert(
     Raises:
         ConversionError: the checkpoint cannot be converted; the message says why.
     """
+    check_free(out, overwrite)
     foreign = read_state(source, weights)
     if not any(name.startswith("backbone.") for name in foreign):
         foreign = {f"backbone.{name}": tensor for name, tensor in foreign.items()}
-    state, _, unknown = map_names(foreign, RULES)
-    if unknown and not allow_unused:
-        raise ConversionError(
-            f"{source} holds tensors that the earlier v2 does not have: {', '.join(unknown[:5])}"
-            f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}. It is another model, or say --allow-unused."
-        )
-    if not any(name.startswith("model.stem.") for name in state):
+    state = map_known_names(foreign, RULES, source, "the earlier v2", allow_unused)
+    if "model.stem.0.ln1.weight" not in state:
         raise ConversionError(f"{source} holds no stem of a convTransformerv2, only {', '.join(foreign)[:80]} ...")
-    is_detector = any(not name.startswith("model.") for name in state)
     names, rates = actionformer.read_annotations(annotations)
+    is_detector = any(not name.startswith("model.") for name in state)
+    feature_extractor = None
     try:
         model_config = ConvTransformerConfig.from_yaml(config, **_what_the_weights_show(foreign, state, names))
-        has_dataset = bool(read_recipe(config).get("dataset"))
-        feature_extractor = None
-        if is_detector or has_dataset:
-            fps = fps or (rates.pop() if len(rates) == 1 else None)
-            feature_extractor = actionformer._make_feature_extractor(config, model_config, fps)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ConversionError(f"{config}: {error}") from error
+        if is_detector or read_recipe(config).get("dataset"):
+            feature_extractor = actionformer._make_feature_extractor(config, model_config, fps, rates)
+    except Exception as error:  # whatever is wrong in the file
+        raise ConversionError(actionformer._say(config, error)) from error
 
     how: dict[str, list[str]] = {}
     try:
@@ -120,23 +119,27 @@ def convert(
         if model_config.use_rms_norm:
             _replace_layer_norms(state, how)
     except (KeyError, RuntimeError) as error:  # a tensor that is missing, or of another shape
-        raise ConversionError(f"{source} is damaged or no convTransformerv2: {error}.") from error
+        raise ConversionError(f"{source} does not fit {config}, which may be another model's: {error}.") from error
     for name in state if model_config.use_rope else ():
         if name.startswith("model.branch.") and (".q_proj." in name or ".k_proj." in name):
             _note(how, name, "turned by RoPE, which the source's branch does not have")
 
-    detector = ConvTransformerForTemporalActionLocalization(model_config)
-    heads = {} if is_detector else {n: t for n, t in detector.state_dict().items() if not n.startswith("model.")}
-    actionformer.fill(detector, {**state, **heads}, source, config)
-    model = (detector if is_detector else detector.model).eval()
+    model_class = ConvTransformerForTemporalActionLocalization
+    if not is_detector:
+        model_class = ConvTransformerModel
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        how = {name.removeprefix("model."): ways for name, ways in how.items()}
+    with torch.device("meta"):  # a config of another model could ask for much memory
+        actionformer.check_fit(model_class(model_config), state, source, config)
+    model = model_class(model_config).eval()
+    actionformer.fill(model, state, source, config)
     report = Report()
     for name, tensor in model.state_dict().items():
-        own = name if is_detector else f"model.{name}"
-        kind = "initialised" if own not in state else "adapted" if own in how else "copied"
-        report.add(name, kind, "; ".join(how.get(own, ())), tensor.numel())
+        kind = "initialised" if name not in state else "adapted" if name in how else "copied"
+        report.add(name, kind, "; ".join(how.get(name, ())), tensor.numel())
     inexact = dict.fromkeys(way for ways in how.values() for way in ways if "(exact" not in way)
     if inexact:
-        warnings.warn(f"The outputs differ from the source's, train further before use: {'; '.join(inexact)}.")
+        warnings.warn(f"the outputs differ from the source's, train further before use: {'; '.join(inexact)}")
 
     def write(folder: Path):
         model.save_pretrained(folder)
@@ -145,8 +148,10 @@ def convert(
         if feature_extractor is not None:
             feature_extractor.save_pretrained(folder)
             classes.insert(0, type(feature_extractor).__name__)
+        name = out.absolute().name
         card = _CARD.format(
-            name=out.name,
+            name=name,
+            path=json.dumps(name),
             source=source.name,
             exactness=f"It {'does not give' if inexact else 'gives'} the source's outputs.",
             report=report,
@@ -157,6 +162,28 @@ def convert(
 
     write_folder(out, write, overwrite)
     return model, report
+
+
+def map_known_names(
+    foreign: dict[str, torch.Tensor], rules: list[Rule], source: Path, whose: str, allow_unused: bool
+) -> dict[str, torch.Tensor]:
+    """
+    A foreign state dict under our names, as float32.
+
+    Raises:
+        ConversionError: it holds tensors that no rule knows and that may not be left out, or no floating point numbers.
+    """
+    state, _, unknown = map_names(foreign, rules)
+    if unknown and not (allow_unused and state):
+        raise ConversionError(
+            f"{source} holds tensors that {whose} does not have (--allow-unused leaves them out): "
+            f"{', '.join(unknown[:5])}{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}."
+        )
+    if unknown:
+        warnings.warn(f"left out, because {whose} does not have them: {', '.join(unknown)}")
+    if strange := [name for name, tensor in state.items() if tensor.dim() and not tensor.is_floating_point()]:
+        raise ConversionError(f"{source} holds {state[strange[0]].dtype} for {strange[0]}; expected floating point.")
+    return {name: tensor.float() for name, tensor in state.items()}
 
 
 def _what_the_weights_show(foreign: dict, state: dict, names: list[str] | None) -> dict:
