@@ -6,7 +6,8 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,12 +41,12 @@ class Rule(NamedTuple):
     how: str = "copy"
 
 
-# how: (foreign tensor to ours, ours to foreign)
+# how: (foreign tensor to ours, ours to foreign). A foreign tensor of another shape stays: comparing shapes finds it.
 _SHAPES: dict[str, tuple[Callable, Callable]] = {
     "copy": (lambda x: x, lambda x: x),
     "squeeze": (lambda x: x.squeeze(-1) if x.dim() == 3 else x, lambda x: x.unsqueeze(-1) if x.dim() == 2 else x),
-    "flatten": (lambda x: x.flatten(), lambda x: x.reshape(1, -1, 1)),
-    "heads": (lambda x: x.reshape(x.shape[-2:]), lambda x: x[None, None]),
+    "flatten": (lambda x: x[0, :, 0] if x.shape[::2] == (1, 1) else x, lambda x: x.reshape(1, -1, 1)),
+    "heads": (lambda x: x[0, 0] if x.dim() == 4 and x.shape[:2] == (1, 1) else x, lambda x: x[None, None]),
 }
 
 _FIELD = re.compile(r"\{([^}]*)\}")
@@ -90,7 +91,12 @@ def map_names(
         else:
             mapped[_fill(rule.target, match.groups())] = _SHAPES[rule.how][0](tensor)
     for target, scalars in stacks.items():
-        mapped[target] = torch.stack([scalars[index] for index in sorted(scalars)])
+        if sorted(scalars) != list(range(len(scalars))) or any(scalar.shape != () for scalar in scalars.values()):
+            raise ConversionError(
+                f"{target} is made of one number for each level, but the checkpoint has {len(scalars)} tensors for the "
+                f"levels {', '.join(map(str, sorted(scalars)))}, of the shapes {sorted({tuple(x.shape) for x in scalars.values()})}."
+            )
+        mapped[target] = torch.stack([scalars[index] for index in range(len(scalars))])
     return mapped, dropped, unknown
 
 
@@ -129,15 +135,31 @@ def read_state(path: Path, weights: str = "ema") -> dict[str, torch.Tensor]:
         if isinstance(content.get(key), dict):
             content = content[key]
             break
-    strange = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
-    if strange:
+    strange = [str(key) for key, value in content.items() if not (isinstance(key, str) and _is_plain(value))]
+    if strange or not content:
         raise ConversionError(
-            f"{path} holds no state dict: {', '.join(strange[:3])} ... are no tensors, and there is no `state_dict` inside."
+            f"{path} holds no state dict: {', '.join(strange[:3]) or 'nothing'}{' ...' if len(strange) > 3 else ''} "
+            "instead of named tensors, and no `state_dict` with such."
         )
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    state = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    if len(state) < len(content):
+        raise ConversionError(f"{path} holds tensors twice, with and without the prefix `module.`.")
+    return state
+
+
+def _is_plain(value) -> bool:
+    """A tensor with values in memory: not sparse, not quantized, not on the meta device."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
 
 
 def _read(path: Path):
+    if path.is_dir():
+        raise ConversionError(f"{path} is a folder, not a checkpoint file.")
     if not path.is_file():
         raise ConversionError(f"There is no file {path}.")
     try:
@@ -151,35 +173,82 @@ def _read(path: Path):
                     f"{path} claims to hold {claimed:,} bytes in a file of {path.stat().st_size:,}: refused."
                 )
         return torch.load(path, map_location="cpu", weights_only=True)
+    except ConversionError:
+        raise
     except pickle.UnpicklingError as error:
-        reason = str(error).split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL" in str(error) else "more than tensors"
+        if "GLOBAL " not in str(error):
+            raise ConversionError(f"{path} is no checkpoint, or a damaged one ({first_line(error)}).") from error
+        reason = str(error).split("GLOBAL ")[-1].split(" ")[0]
         raise ConversionError(
-            f"{path} is refused: it is damaged, or holds {reason}, and loading such things runs code from the file."
+            f"{path} is refused: it holds {reason}, and loading such things runs code from the file."
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
-        raise ConversionError(
-            f"{path} cannot be read, it is truncated or no checkpoint ({_first_line(error)})."
-        ) from error
-    except Exception as error:  # a hostile pickle can raise anything
-        raise ConversionError(f"{path} is no checkpoint ({type(error).__name__}: {_first_line(error)}).") from error
+    except Exception as error:  # a damaged or hostile file can raise anything
+        raise ConversionError(f"{path} is no checkpoint, or a truncated one ({first_line(error)}).") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def first_line(error: Exception) -> str:
+    """What an error says first, for a message of one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(".")[:200]
 
 
 def write_folder(out: Path, write: Callable[[Path], None], overwrite: bool = False):
-    """Calls `write(folder)` for a temporary folder beside `out` and renames it when all is well: all or nothing."""
-    if out.exists() and not overwrite and (out.is_file() or any(out.iterdir())):
-        raise ConversionError(f"{out} exists already; choose another folder, or say --overwrite.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=out.parent))
-    try:
-        os.chmod(temporary, 0o755)
+    """
+    Calls `write(folder)` for a temporary folder and renames it to `out` when all is well: all or nothing. `overwrite`
+    replaces a folder of ours, never one that holds something else.
+    """
+    check_free(out, overwrite)
+    with _all_or_nothing(out) as temporary:
+        temporary.mkdir()
         write(temporary)
-        if out.is_dir():
-            shutil.rmtree(out)
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def write_file(out: Path, write: Callable[[Path], None], overwrite: bool = False):
+    """The same for one file."""
+    if out.is_dir():
+        raise ConversionError(f"{out} is a folder; give the name of a file to write.")
+    if out.exists() and not overwrite:
+        raise ConversionError(f"{out} exists already; choose another name, or say --overwrite.")
+    with _all_or_nothing(out) as temporary:
+        write(temporary)
+
+
+def check_free(out: Path, overwrite: bool = False):
+    """Whether `write_folder` may write here; worth asking before the work."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise ConversionError(f"{out} exists already; choose another folder, or say --overwrite.")
+    if not (out / "config.json").is_file():
+        raise ConversionError(f"{out} holds no converted model, and --overwrite replaces nothing else.")
+
+
+@contextmanager
+def _all_or_nothing(out: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `out` at the end, or leaves no trace."""
+    out = Path(os.path.abspath(out))
+    made_parents = [parent for parent in out.parents if not parent.exists()]  # nearest first
+    holder, is_done = None, False
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=out.parent))
+        new, old = holder / "new", holder / "old"
+        yield new
+        try:
+            if out.exists():
+                os.replace(out, old)
+            os.replace(new, out)
+        except BaseException:
+            if old.exists() and not out.exists():
+                os.replace(old, out)
+            raise
+        is_done = True
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ConversionError(f"{out} cannot be written ({first_line(error)}).") from error
+    finally:
+        if holder is not None:
+            shutil.rmtree(holder, ignore_errors=True)
+        if not is_done:
+            with suppress(OSError):
+                for parent in made_parents:
+                    parent.rmdir()
