@@ -25,9 +25,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 
-from modeling_convtransformer import ConvTransformerConfig, ConvTransformerForTemporalActionLocalization
+from modeling_convtransformer import (
+    ConvTransformerConfig,
+    ConvTransformerFeatureExtractor,
+    ConvTransformerForTemporalActionLocalization,
+)
 
-from .checkpoint import ConversionError
+from .checkpoint import ConversionError, write_folder
 
 # Hendrycks and Gimpel, 2016 (https://arxiv.org/abs/1606.08415): gelu(x) is close to x * sigmoid(1.702 x).
 _GELU_SLOPE = 1.702
@@ -117,6 +121,48 @@ def adapt(
             f"Nothing fits: the source has n_embd {source.config.n_embd} and n_in {source.config.n_in}, the target "
             f"{config.n_embd} and {config.n_in}. Choose a target of the same width."
         )
+    return model, report
+
+
+_CARD = """---
+library_name: transformers
+tags:
+- temporal-action-localization
+- convtransformer
+---
+
+# {name}
+
+A ConvTransformer that was started from `{source}` and has not been trained since: {share:.0f} % of its parameters were
+carried over (conversion_report.json names the state of every tensor). Train it before use.
+"""
+
+
+def retarget(
+    folder: Path, out: Path, target: str, source_name: str, overwrite: bool = False, **overrides: Any
+) -> tuple[ConvTransformerForTemporalActionLocalization, Report]:
+    """
+    Writes a model of the configuration `target` that starts from the converted folder `folder`, with
+    conversion_report.json beside it. `overrides` are fields of the configuration.
+
+    Raises:
+        ConversionError: see `target_config` and `adapt`.
+    """
+    source = ConvTransformerForTemporalActionLocalization.from_pretrained(folder)
+    feature_extractor = ConvTransformerFeatureExtractor.from_pretrained(folder)
+    model, report = adapt(source, target_config(source.config, target, **overrides))
+    if model.config.mask_conv_inputs:  # results do not depend on padding: no need to pad as the source did
+        feature_extractor.min_length = feature_extractor.pad_to_multiple_of = None
+
+    def write(path: Path):
+        model.save_pretrained(path)
+        feature_extractor.save_pretrained(path)
+        report.write(path / "conversion_report.json")
+        share = 100 * sum(row["share"] for state, row in report.shares().items() if state != "initialised")
+        card = _CARD.format(name=out.absolute().name, source=source_name, share=share)
+        (path / "README.md").write_text(card, encoding="utf-8")
+
+    write_folder(out, write, overwrite)
     return model, report
 
 
@@ -230,4 +276,4 @@ def _by_stream(name, tensor, theirs, source, target):
     return "adapted", how, torch.cat(columns, dim=1)
 
 
-__all__ = ["Report", "adapt", "find_configuration", "target_config"]
+__all__ = ["Report", "adapt", "find_configuration", "retarget", "target_config"]
