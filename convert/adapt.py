@@ -18,6 +18,7 @@ Every tensor of the new model ends in one of three states, which `report` lists:
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,12 @@ def retarget(
     source = ConvTransformerForTemporalActionLocalization.from_pretrained(folder)
     feature_extractor = ConvTransformerFeatureExtractor.from_pretrained(folder)
     model, report = adapt(source, target_config(source.config, target, **overrides))
+    if report.shares().get("initialised", {"share": 0.0})["share"] > 0.9:
+        warnings.warn(
+            f"nearly nothing fits {target}: it has n_embd {model.config.n_embd} and arch {tuple(model.config.arch)}, the "
+            f"checkpoint {source.config.n_embd} and {tuple(source.config.arch)}. Give it the checkpoint's sizes: "
+            f"--set n_embd={source.config.n_embd} --set n_head={source.config.n_head}"
+        )
     if model.config.mask_conv_inputs:  # results do not depend on padding: no need to pad as the source did
         feature_extractor.min_length = feature_extractor.pad_to_multiple_of = None
 
@@ -213,18 +220,21 @@ def _swiglu_from_gelu(name: str, tensor: torch.Tensor, theirs: dict[str, torch.T
     prefix, layer, kind = name.rsplit(".", 2)
     if f"{prefix}.up_proj.weight" not in theirs:
         return None
-    up, down = theirs[f"{prefix}.up_proj.weight"], theirs[f"{prefix}.down_proj.weight"]
-    hidden = tensor.shape[1] if (layer, kind) == ("down_proj", "weight") else len(tensor)
     if (layer, kind) == ("down_proj", "bias"):
-        return theirs[name] if theirs[name].shape == tensor.shape else None
-    if up.shape[1] != down.shape[0] or hidden > len(up) or (kind == "weight" and up.shape[1] not in tensor.shape):
-        return None
-    kept = (up.norm(dim=1) * down.norm(dim=0)).topk(hidden).indices.sort().values
+        return theirs[name]
+    up, down = theirs[f"{prefix}.up_proj.weight"], theirs[f"{prefix}.down_proj.weight"]
+    hidden = tensor.shape[1] if layer == "down_proj" else len(tensor)
+    count = min(hidden, len(up))
+    kept = (up.norm(dim=1) * down.norm(dim=0)).topk(count).indices.sort().values
+    value = tensor.clone()  # units beyond the source's start as in a new model, without a say at first
     if layer == "gate_proj":
-        return _GELU_SLOPE * theirs[f"{prefix}.up_proj.{kind}"][kept]
-    if layer == "up_proj":
-        return torch.zeros_like(tensor) if kind == "weight" else torch.full_like(tensor, 1 / _GELU_SLOPE)
-    return down[:, kept]
+        value[:count] = _GELU_SLOPE * theirs[f"{prefix}.up_proj.{kind}"][kept]
+    elif layer == "up_proj":
+        value[:count] = 0.0 if kind == "weight" else 1 / _GELU_SLOPE
+    else:
+        value.zero_()
+        value[:, :count] = down[:, kept]
+    return value
 
 
 def _by_class_name(name, tensor, theirs, source, target):

@@ -2,13 +2,15 @@
 
 import argparse
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
+import yaml
 from transformers import logging
 
-from . import actionformer, opentad, transformer_v2
-from .checkpoint import ConversionError
+from . import actionformer, adapt, opentad, transformer_v2
+from .checkpoint import ConversionError, check_free
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     v1.add_argument("--overwrite", action="store_true", help="replace OUT if an earlier conversion wrote it")
     v1.add_argument("--reverse", action="store_true", help="write a converted folder as a checkpoint of the release")
     v1.add_argument("--push-to-hub", metavar="REPO", help="then upload to this repository of the Hugging Face Hub")
+    _add_target(v1)
 
     _add_transformer_v2(commands)
     _add_opentad(commands)
@@ -75,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model = _convert(options)
+            model = _convert(options) if options.target is None else _start(options)
         for warning in caught:
             if issubclass(warning.category, UserWarning):
                 print(f"note: {warning.message}", file=sys.stderr)
@@ -95,6 +98,26 @@ def main(arguments: list[str] | None = None) -> int:
         f'    {type(model).__name__}.from_pretrained("{options.out}")'
     )
     return 0
+
+
+def _start(options: argparse.Namespace):
+    """Converts into a temporary folder, and starts a model of the target configuration from it."""
+    overrides = {}
+    for assignment in options.set:
+        field, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConversionError(f"--set {assignment}: expected FIELD=VALUE, such as n_embd=512.")
+        overrides[field] = yaml.safe_load(value)
+    adapt.find_configuration(options.target)
+    check_free(options.out, options.overwrite)
+    with tempfile.TemporaryDirectory() as folder:
+        exact = Path(folder) / "exact"
+        _convert(argparse.Namespace(**{**vars(options), "out": exact}))
+        model, report = adapt.retarget(
+            exact, options.out, options.target, options.source.name, options.overwrite, **overrides
+        )
+    print(report)
+    return model
 
 
 def _convert(options: argparse.Namespace):
@@ -205,6 +228,23 @@ def _add_shared(parser: argparse.ArgumentParser, source: str, whose: str):
     parser.add_argument("--allow-unused", action="store_true", help=f"leave out tensors that {whose} not have")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if an earlier conversion wrote it")
     parser.add_argument("--push-to-hub", metavar="REPO", help="then upload to this repository of the Hugging Face Hub")
+    _add_target(parser)
+
+
+def _add_target(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--target",
+        metavar="CONFIGURATION",
+        help="do not convert exactly, but start a model of this configuration (a YAML file, or a name: balanced, "
+        "maximum_speed, ...) from the checkpoint: what fits is copied or adapted, the rest initialised, with a report",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the target configuration, such as n_embd=512 to keep the checkpoint's width; may be repeated",
+    )
 
 
 def _pair(text: str) -> list[float]:

@@ -274,21 +274,33 @@ def sinusoidal_positions(length: int, width: int, device: torch.device) -> torch
 
 class PositionTable(nn.Module):
     """
-    Positions that are added once after the embedding: sinusoids, or a learned table. A sequence longer than the table
-    stretches it linearly over its whole length.
+    Positions that are added once after the embedding: sinusoids, or a learned table. A recording longer than the table
+    stretches it linearly over its length: its valid length, or the padded one in v1 (`mask_conv_inputs=False`).
     """
 
     def __init__(self, config):
         super().__init__()
         self.length, self.width = config.max_len, config.n_embd
+        self.by_valid_length = config.mask_conv_inputs
         self.table = nn.Parameter(torch.zeros(self.length, self.width)) if config.use_learned_pe else None
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        length = min(x.shape[1], self.length)
-        table = sinusoidal_positions(length, self.width, x.device) if self.table is None else self.table
-        if x.shape[1] > self.length:
-            table = F.interpolate(table.T[None], x.shape[1], mode="linear", align_corners=False)[0].T
-        return x + zero_padding(table[None, : x.shape[1]].to(x.dtype), padding)
+        steps = x.shape[1]
+        rows = min(steps, self.length)
+        table = sinusoidal_positions(rows, self.width, x.device) if self.table is None else self.table
+        if steps <= self.length:
+            positions = table[None, :steps]
+        else:
+            count = torch.full((1, 1), steps, device=x.device)
+            if padding is not None and self.by_valid_length:
+                count = (~padding).sum(dim=1)
+            # As F.interpolate does (align_corners=False), but with a length of its own for each sample.
+            place = (torch.arange(steps, device=x.device) + 0.5) * (self.length / count).clamp(max=1) - 0.5
+            place = place.clamp(0, self.length - 1)
+            below = place.floor().long()
+            above = (below + 1).clamp(max=self.length - 1)
+            positions = torch.lerp(table[below], table[above], (place - below)[..., None])
+        return x + zero_padding(positions.to(x.dtype).expand_as(x), padding)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -942,3 +942,26 @@ def test_a_small_model_learns_one_batch():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("kind", ["use_abs_pe", "use_learned_pe"])
+@pytest.mark.parametrize("mask_conv_inputs", [True, False])
+def test_positions_stretch_over_what_is_valid(kind, mask_conv_inputs):
+    config = ConvTransformerConfig(
+        n_in=4, n_embd=8, n_head=2, max_len=16, mask_conv_inputs=mask_conv_inputs, **{kind: True}
+    )
+    positions = PositionTable(config)
+    if positions.table is not None:
+        nn.init.normal_(positions.table)
+    x = torch.zeros(2, 50, 8)
+    padding = torch.zeros(2, 50, 1, dtype=torch.bool)
+    padding[1, 30:] = True
+    with torch.no_grad():
+        table = positions(x[:1, :16], None)[0]
+        whole, part = positions(x, padding)
+    # What v1 does, by torch's own interpolation; float32, positions computed in another order.
+    stretched = F.interpolate(table.T[None], 50, mode="linear", align_corners=False)[0].T
+    torch.testing.assert_close(whole, stretched, atol=2e-5, rtol=0)
+    valid = F.interpolate(table.T[None], 30, mode="linear", align_corners=False)[0].T
+    torch.testing.assert_close(part[:30], valid if mask_conv_inputs else stretched[:30], atol=2e-5, rtol=0)
+    assert part[30:].abs().max() == 0

@@ -116,6 +116,15 @@ def test_fewer_hidden_units_keep_the_ones_that_matter():
     torch.testing.assert_close(ours.gate_proj.weight, 1.702 * mlp.up_proj.weight[kept])
 
 
+def test_more_hidden_units_have_no_say_at_first():
+    source = make(n_embd=12, n_head=2)  # GELU: 48 hidden units, SwiGLU: 64
+    model, _ = start(source, use_swiglu=True)
+    mlp, ours = source.model.stem[0].mlp, model.model.stem[0].mlp
+    assert torch.equal(ours.down_proj.weight[:, :48], mlp.down_proj.weight)
+    assert not ours.down_proj.weight[:, 48:].any()
+    assert ours.gate_proj.weight[48:].abs().min() > 0
+
+
 def test_norm_gains_go_on_and_biases_go():
     source = make()
     model, report = start(source, use_rms_norm=True)
@@ -190,6 +199,13 @@ def test_target_takes_the_data_from_the_source():
     assert (config.use_rope, config.use_swiglu, config.use_rms_norm, config.mask_conv_inputs) == (True,) * 4
     with pytest.raises(ConversionError, match="n_head"):
         target_config(source, "balanced", n_head=7)
+
+
+def test_a_target_that_nothing_fits_says_so(tmp_path):
+    make().save_pretrained(tmp_path / "source")
+    ConvTransformerFeatureExtractor(6, 50, 25, 50).save_pretrained(tmp_path / "source")
+    with pytest.warns(UserWarning, match="--set n_embd=32 --set n_head=4"):
+        retarget(tmp_path / "source", tmp_path / "out", "balanced", "epoch.pth.tar", arch=[1, 1, 2])
 
 
 def test_retarget_writes_a_folder_that_loads_with_its_report(tmp_path):
