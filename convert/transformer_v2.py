@@ -225,7 +225,7 @@ def _fill_in_stem(state: dict[str, torch.Tensor], config: ConvTransformerConfig,
             for kind in ("weight", "bias"):
                 full = f"{block}.attn.{projection}.{kind}"
                 heads = state[full].unflatten(0, (-1, head_dim))
-                if len(heads) < config.n_head and config.n_head % len(heads) == 0:
+                if 0 < len(heads) < config.n_head and config.n_head % len(heads) == 0:
                     state[full] = heads.repeat_interleave(config.n_head // len(heads), dim=0).flatten(0, 1)
                     _note(how, full, "key/value heads repeated for their queries (exact)")
         _move_norm(state, f"{block}.ln1", torch.ones_like(gain), None if bias is None else torch.zeros_like(bias), how)
