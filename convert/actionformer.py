@@ -76,8 +76,9 @@ tags:
 
 # {name}
 
-Converted from `{source}`, a checkpoint of the [ActionFormer release](https://github.com/happyharrycn/actionformer_release)
-(Zhang, Wu and Li, ECCV 2022, https://arxiv.org/abs/2202.07925; code MIT), by `convtransformer-convert actionformer`.
+Converted from `{source}`, a checkpoint of the
+[ActionFormer release](https://github.com/happyharrycn/actionformer_release) (Zhang, Wu and Li, ECCV 2022,
+https://arxiv.org/abs/2202.07925; code MIT), by `convtransformer-convert actionformer`.
 Every tensor of its {weights} was carried over as it is;
 the model gives v1's outputs.
 The licence of the weights is that of the source.

@@ -176,6 +176,8 @@ def _read(path: Path):
     except ConversionError:
         raise
     except pickle.UnpicklingError as error:
+        # torch wraps the reason in advice to load the file in spite of it
+        error = error.__context__ or error
         if "GLOBAL " not in str(error):
             raise ConversionError(f"{path} is no checkpoint, or a damaged one ({first_line(error)}).") from error
         reason = str(error).split("GLOBAL ")[-1].split(" ")[0]
@@ -187,9 +189,9 @@ def _read(path: Path):
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first, for a message of one line."""
+    """The first sentence of an error, for a message of one line: torch goes on with advice."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip().rstrip(".")[:200]
+    return lines[0].split(". ")[0].strip().rstrip(".")[:200]
 
 
 def write_folder(out: Path, write: Callable[[Path], None], overwrite: bool = False):

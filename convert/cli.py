@@ -10,7 +10,7 @@ import yaml
 from transformers import logging
 
 from . import actionformer, adapt, opentad, transformer_v2
-from .checkpoint import ConversionError, check_free
+from .checkpoint import ConversionError, check_free, first_line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,8 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     v1 = commands.add_parser(
         "actionformer",
         help="checkpoints of ActionFormer's release (.pth.tar), exactly; --reverse writes them",
-        description="Converts a checkpoint of ActionFormer's release to a folder with config.json, model.safetensors, "
-        "preprocessor_config.json and a model card. Nothing in the checkpoint is executed.",
+        description="Converts a checkpoint of ActionFormer's release to a folder with config.json, model.safetensors,\n"
+        "preprocessor_config.json and a model card, whose outputs are those of the release. Nothing in the\n"
+        "checkpoint is executed, and nothing is written unless all of it fits.",
         epilog="examples:\n"
         "  convtransformer-convert actionformer epoch_034.pth.tar my_thumos \\\n"
         "      --config configs/thumos_i3d.yaml --annotations thumos14.json\n"
@@ -67,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what goes wrong is said once, below
     try:
         if options.command == "actionformer" and options.reverse:
             actionformer.reverse(options.source, options.out, options.overwrite)
@@ -91,8 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.push_to_hub:
         from huggingface_hub import HfApi
 
-        repository = HfApi().create_repo(options.push_to_hub, exist_ok=True).repo_id
-        HfApi().upload_folder(repo_id=repository, folder_path=options.out)
+        try:
+            repository = HfApi().create_repo(options.push_to_hub, exist_ok=True).repo_id
+            HfApi().upload_folder(repo_id=repository, folder_path=options.out)
+        except Exception as error:  # no network, no token, no such name, ...
+            print(f"error: {options.out} is written, but was not uploaded ({first_line(error)}).", file=sys.stderr)
+            return 1
     print(
         f"{model.num_parameters():,} parameters in {options.out}. Load them with\n"
         f'    {type(model).__name__}.from_pretrained("{options.out}")'

@@ -795,7 +795,7 @@ def test_model_card(tmp_path):
     }
     assert body.startswith('\n# my "model"\n')
     assert "`epoch_001.pth.tar`" in body
-    assert max(map(len, card.splitlines())) <= 128
+    assert max(map(len, card.splitlines())) <= 125
 
     snippet = body.split("```python\n")[1].split("```")[0]
     name = json.dumps('my "model"')
