@@ -110,9 +110,11 @@ def read_annotations(path: Path | None) -> tuple[list[str] | None, set[float]]:
 
 
 def _say(path: Path, error: Exception) -> str:
-    """An error about a file on one line, with the name of the file once."""
+    """An error about a file in one line that names the file, once."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-    return reason if str(path) in reason else f"{path}: {reason}"
+    if not isinstance(error, OSError | ValueError):
+        reason = f"not in the expected form ({type(error).__name__}: {reason})"
+    return (reason if str(path) in reason else f"{path}: {reason}").rstrip(".") + "."
 
 
 def padding_multiple(config: ConvTransformerConfig) -> int:

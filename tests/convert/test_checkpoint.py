@@ -152,7 +152,7 @@ def refuse(path, *words):
     assert str(path) in message
     assert message.endswith(".")
     assert "Re-running" not in message  # torch's advice to load it all the same
-    assert len(message) < len(str(path)) + 160
+    assert len(message) < len(str(path)) + 200
     for word in words:
         assert word in message, message
     return message
