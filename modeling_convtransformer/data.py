@@ -807,7 +807,7 @@ def load_watch_recordings() -> list[dict[str, Any]]:
         from seglearn.datasets import load_watch
     except ImportError as error:
         raise ImportError(
-            "The watch recordings come with the package seglearn, which is not installed: "
+            f"The watch recordings come with the package seglearn, which cannot be imported ({error}): "
             'pip install "modeling-convtransformer[demo]"'
         ) from error
     # load_watch unpickles a file. It ships inside seglearn's own wheel, so it is trusted like that package's code,
