@@ -548,15 +548,24 @@ def test_conv_backbone_has_no_positions(tmp_path):
     torch.testing.assert_close(logits, wanted, **CLOSE)
 
 
-def test_relative_positions_of_global_attention_are_ignored(tmp_path):
+@pytest.mark.parametrize("windows", [-1, 1, [-1, -1, -1, -1]])
+def test_relative_positions_of_global_attention_are_ignored(windows, tmp_path):
     """v1 has a relative bias inside windows only: with global attention, use_rel_pe says nothing."""
     golden = load_goldens("detectors")["global_fpn"]
     source, _ = write_source(tmp_path, golden)
     recipe = v1_recipe(golden["kwargs"], default_fps=25)
-    recipe["model"]["use_rel_pe"] = True
+    recipe["model"] |= {"use_rel_pe": True, "n_mha_win_size": windows}
     (tmp_path / "v1.yaml").write_text(yaml.safe_dump(recipe))
     model = actionformer.convert(source, tmp_path / "model", tmp_path / "v1.yaml")
     assert model.config.use_rel_pe is False
+
+
+@pytest.mark.parametrize(("windows", "expected"), [(8, 9), (9, 9), ([8, 4, -1, 1], [9, 5, -1, 1])])
+def test_even_windows(windows, expected, tmp_path):
+    """v1's window reaches `window // 2` steps to either side, so that 8 is the same as 9."""
+    config = write_recipe(tmp_path / "v1.yaml", model={"n_mha_win_size": windows}, dataset={"default_fps": 25})
+    model = actionformer.convert(EPOCH, tmp_path / "model", config)
+    assert model.config.mha_win_size == expected
 
 
 @pytest.mark.parametrize(
