@@ -126,25 +126,23 @@ def main():
             train(source, sets["training"], collate, options.source_epochs, options.learning_rate, seed, "v1 source")
             source_maps.append(average_map(source, sets["validation"], collate, feature_extractor))
             print(f"seed {seed}: v1 source {source_maps[-1]:.1f} %", flush=True)
-            for name, changes in VARIANTS.items():
-                config = ConvTransformerConfig(**{**V1, **changes})
+            for name in rows:
+                config = ConvTransformerConfig(**{**V1, **VARIANTS.get(name, VARIANTS["SwiGLU"])})
                 set_seed(seed)
-                starts = {
-                    "from v1": adapt(source, config)[0],
-                    "from scratch": ConvTransformerForTemporalActionLocalization(config),
-                }
-                for start, model in starts.items():
-                    train(
-                        model,
-                        sets["training"],
-                        collate,
-                        options.epochs,
-                        options.learning_rate,
-                        seed,
-                        f"{name}, {start}",
-                    )
-                    rows[name][start].append(average_map(model, sets["validation"], collate, feature_extractor))
-                shown = "  ".join(f"{start} {values[-1]:.1f} %" for start, values in rows[name].items())
+                fresh = ConvTransformerForTemporalActionLocalization(config)
+                started = adapt(source, config)[0]
+                if name == NO_MAPPING:
+                    own = started.state_dict()
+                    own.update({key: value for key, value in fresh.state_dict().items() if ".mlp." in key})
+                    started.load_state_dict(own)
+                    fresh = None  # the same as in the row above
+                rows[name]["at once"].append(average_map(started, sets["validation"], collate, feature_extractor))
+                for start, model in {"from v1": started, "from scratch": fresh}.items():
+                    if model is not None:
+                        what = f"{name}, {start}"
+                        train(model, sets["training"], collate, options.epochs, options.learning_rate, seed, what)
+                        rows[name][start].append(average_map(model, sets["validation"], collate, feature_extractor))
+                shown = "  ".join(f"{start} {values[-1]:.1f} %" for start, values in rows[name].items() if values)
                 print(f"seed {seed}: {name}: {shown}", flush=True)
 
     print(
