@@ -176,10 +176,8 @@ def _make_config(path: Path, state: dict[str, torch.Tensor], names: list[str] | 
         names = ["action"]  # class-agnostic: v1 takes every annotation as class 0
     if len(names) > config.num_labels:
         raise ValueError(f"num_classes is {config.num_labels}, but the annotations name {len(names)} classes.")
-    names = [
-        *names,
-        *(f"LABEL_{index}" for index in range(len(names), config.num_labels)),
-    ]  # the last ones have no data
+    # EPIC-KITCHENS' last classes have no data, and so no name.
+    names = [*names, *(f"LABEL_{index}" for index in range(len(names), config.num_labels))]
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
     return config
