@@ -338,31 +338,20 @@ def test_upload(tmp_path, monkeypatch):
 
 
 def test_as_a_process(tmp_path):
-    """The installed command: a malicious file, then a good one."""
-    command = [Path(sysconfig.get_path("scripts")) / "convtransformer-convert", "actionformer"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-    def call(*arguments):
-        return subprocess.run(
-            [*command, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
+    """The installed command, and nothing on stderr but its own words."""
     torch.save({"state_dict": Evil(tmp_path / "ran")}, tmp_path / "evil.pth")
-    result = call("evil.pth", "model", "--config", CONFIG)
+    command = Path(sysconfig.get_path("scripts")) / "convtransformer-convert"
+    result = subprocess.run(
+        [command, "actionformer", "evil.pth", "model", "--config", CONFIG],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert result.returncode == 1
     assert result.stdout == ""
-    expected = f"error: evil.pth is refused: it holds {os.system.__module__}.system, and loading such things runs code from the file.\n"
-    assert result.stderr == expected
+    refused = f"it holds {os.system.__module__}.system, and loading such things runs code from the file."
+    assert result.stderr == f"error: evil.pth is refused: {refused}\n"
     assert listing(tmp_path) == ["evil.pth"]
-
-    result = call(EPOCH, "model", "--config", CONFIG, "--annotations", ANNOTATIONS)
-    assert result.returncode == 0
-    assert result.stderr == ""
-    assert result.stdout.endswith('    ConvTransformerForTemporalActionLocalization.from_pretrained("model")\n')
-    assert (tmp_path / "model" / "model.safetensors").is_file()
