@@ -106,10 +106,10 @@ def read_annotations(path: Path | None) -> tuple[list[str] | None, set[float]]:
         names = label_names(annotations)
         return names, {float(entry["fps"]) for entry in annotations["database"].values() if entry.get("fps")}
     except Exception as error:
-        raise ConversionError(_say(path, error)) from error
+        raise ConversionError(say(path, error)) from error
 
 
-def _say(path: Path, error: Exception) -> str:
+def say(path: Path, error: Exception) -> str:
     """An error about a file in one line that names the file, once."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
     if not isinstance(error, OSError | ValueError):
@@ -128,7 +128,7 @@ def _level_multiples(config: ConvTransformerConfig) -> list[int]:
     return [stride * (window // 2) * 2 if window > 1 else stride for stride, window in pairs]
 
 
-def _make_feature_extractor(
+def make_feature_extractor(
     path: Path, config: ConvTransformerConfig, fps: float | None, rates: set[float] = frozenset()
 ) -> ConvTransformerFeatureExtractor:
     """
@@ -229,14 +229,14 @@ def convert(
     names, rates = read_annotations(annotations)
     try:
         model_config = _make_config(config, state, names)
-        feature_extractor = _make_feature_extractor(config, model_config, fps, rates)
+        feature_extractor = make_feature_extractor(config, model_config, fps, rates)
         recipe = read_recipe(config)
         with torch.device("meta"):  # a config of another model could ask for much memory
             check_fit(ConvTransformerForTemporalActionLocalization(model_config), state, source, config)
     except ConversionError:
         raise
     except Exception as error:  # whatever is wrong in the file
-        raise ConversionError(_say(config, error)) from error
+        raise ConversionError(say(config, error)) from error
     if (recipe.get("dataset") or {}).get("force_upsampling"):
         warnings.warn(
             f"v1 stretches every recording of this dataset to {model_config.max_len} features (force_upsampling), and so "

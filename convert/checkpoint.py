@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -98,6 +99,28 @@ def map_names(
             )
         mapped[target] = torch.stack([scalars[index] for index in range(len(scalars))])
     return mapped, dropped, unknown
+
+
+def map_known_names(
+    foreign: dict[str, torch.Tensor], rules: list[Rule], source: Path, whose: str, allow_unused: bool
+) -> dict[str, torch.Tensor]:
+    """
+    A foreign state dict under our names, as float32.
+
+    Raises:
+        ConversionError: it holds tensors that no rule knows and that may not be left out, or no floating point numbers.
+    """
+    state, _, unknown = map_names(foreign, rules)
+    if unknown and not (allow_unused and state):
+        raise ConversionError(
+            f"{source} holds tensors that {whose} does not have (--allow-unused leaves them out): "
+            f"{', '.join(unknown[:5])}{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}."
+        )
+    if unknown:
+        warnings.warn(f"left out, because {whose} does not have them: {', '.join(unknown)}")
+    if strange := [name for name, tensor in state.items() if tensor.dim() and not tensor.is_floating_point()]:
+        raise ConversionError(f"{source} holds {state[strange[0]].dtype} for {strange[0]}; expected floating point.")
+    return {name: tensor.float() for name, tensor in state.items()}
 
 
 def unmap_names(state: dict[str, torch.Tensor], rules: list[Rule]) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -24,8 +24,7 @@ from modeling_convtransformer import (
 )
 
 from .actionformer import fill
-from .checkpoint import ConversionError, Rule, check_free, first_line, read_state, write_folder
-from .transformer_v2 import map_known_names
+from .checkpoint import ConversionError, Rule, check_free, first_line, map_known_names, read_state, write_folder
 
 RULES = [
     # projection: embedding and transformer blocks

@@ -32,7 +32,7 @@ from modeling_convtransformer.configuration_convtransformer import read_recipe
 
 from . import actionformer
 from .adapt import Report
-from .checkpoint import ConversionError, Rule, check_free, map_names, read_state, write_folder
+from .checkpoint import ConversionError, Rule, check_free, map_known_names, read_state, write_folder
 
 # Outside the attention of the stem it is v1.
 RULES = [
@@ -109,9 +109,9 @@ def convert(
     try:
         model_config = ConvTransformerConfig.from_yaml(config, **_what_the_weights_show(foreign, state, names))
         if is_detector or read_recipe(config).get("dataset"):
-            feature_extractor = actionformer._make_feature_extractor(config, model_config, fps, rates)
+            feature_extractor = actionformer.make_feature_extractor(config, model_config, fps, rates)
     except Exception as error:  # whatever is wrong in the file
-        raise ConversionError(actionformer._say(config, error)) from error
+        raise ConversionError(actionformer.say(config, error)) from error
 
     how: dict[str, list[str]] = {}
     try:
@@ -162,28 +162,6 @@ def convert(
 
     write_folder(out, write, overwrite)
     return model, report
-
-
-def map_known_names(
-    foreign: dict[str, torch.Tensor], rules: list[Rule], source: Path, whose: str, allow_unused: bool
-) -> dict[str, torch.Tensor]:
-    """
-    A foreign state dict under our names, as float32.
-
-    Raises:
-        ConversionError: it holds tensors that no rule knows and that may not be left out, or no floating point numbers.
-    """
-    state, _, unknown = map_names(foreign, rules)
-    if unknown and not (allow_unused and state):
-        raise ConversionError(
-            f"{source} holds tensors that {whose} does not have (--allow-unused leaves them out): "
-            f"{', '.join(unknown[:5])}{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}."
-        )
-    if unknown:
-        warnings.warn(f"left out, because {whose} does not have them: {', '.join(unknown)}")
-    if strange := [name for name, tensor in state.items() if tensor.dim() and not tensor.is_floating_point()]:
-        raise ConversionError(f"{source} holds {state[strange[0]].dtype} for {strange[0]}; expected floating point.")
-    return {name: tensor.float() for name, tensor in state.items()}
 
 
 def _what_the_weights_show(foreign: dict, state: dict, names: list[str] | None) -> dict:
