@@ -171,12 +171,16 @@ def read_state(path: Path, weights: str = "ema") -> dict[str, torch.Tensor]:
 
 
 def _is_plain(value) -> bool:
-    """A tensor with values in memory: not sparse, not quantized, not on the meta device."""
+    """
+    A tensor with all its values in memory: not sparse, not quantized, not on the meta device, and no small storage that
+    is expanded to a huge shape.
+    """
     return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and not value.is_quantized
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
 
 

@@ -70,6 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what goes wrong is said once, below
     try:
+        if options.set and options.target is None:
+            raise ConversionError(
+                "--set changes a target configuration; it needs --target, such as --target balanced."
+            )
         if options.command == "actionformer" and options.reverse:
             actionformer.reverse(options.source, options.out, options.overwrite)
             print(f"{options.out} is a checkpoint for eval.py of ActionFormer's release.")

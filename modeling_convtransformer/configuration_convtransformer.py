@@ -256,7 +256,7 @@ class ConvTransformerConfig(PreTrainedConfig):
     use_swiglu: bool = True
     use_rms_norm: bool = True
     use_batch_norm: bool = False
-    norm_eps: float = 1e-5
+    norm_eps: float | int = 1e-5
     mask_conv_inputs: bool = True
     is_causal: bool = False
 
@@ -291,12 +291,32 @@ class ConvTransformerConfig(PreTrainedConfig):
             raise ValueError(f"num_labels is {num_labels!r}; expected an int from 1 to {_MAX_LABELS:,}.")
         if isinstance(self.rope_parameters, dict):
             self.rope_parameters = dict(self.rope_parameters)  # the base class writes into it: keep the caller's whole
+        if num_labels is not None and self.id2label is not None and num_labels != len(self.id2label):
+            raise ValueError(
+                f"num_labels is {num_labels}, but id2label names {len(self.id2label)} classes; give one of them."
+            )
+        for alias, field in self.attribute_map.items():
+            given = getattr(self, field)
+            if alias in kwargs and given not in (type(self).__dataclass_fields__[field].default, kwargs[alias]):
+                raise ValueError(
+                    f"{alias} is {kwargs[alias]!r} and {field} {given!r}; they are one field, give one of them."
+                )
         super().__post_init__(**kwargs)
+        names = {name: index for index, name in self.id2label.items()}
+        if self.label2id is None:
+            self.label2id = names
+        elif {name: int(index) for name, index in self.label2id.items()} != names:
+            raise ValueError(f"label2id {self.label2id} contradicts id2label {self.id2label}; give id2label only.")
         self.validate_architecture()  # here too, because what runs after construction is not raised as a ValueError
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in transformers; fields that `kwargs` replaces are validated together with the others."""
+        if kwargs.get("id2label") is not None and kwargs.get("label2id") is None:
+            kwargs["label2id"] = {name: int(index) for index, name in kwargs["id2label"].items()}
+        elif kwargs.get("num_labels") not in (None, len(config_dict.get("id2label") or {})):
+            # another number of classes: the saved names go
+            config_dict = {key: value for key, value in config_dict.items() if key not in ("id2label", "label2id")}
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).validate_architecture()
         return result
@@ -597,6 +617,8 @@ class ConvTransformerConfig(PreTrainedConfig):
             fields = _fields_of_v1(path, content)
         else:
             fields = dict(model)
+        if "id2label" in overrides:
+            fields.pop("num_labels", None)
         fields.update(overrides)
         known = {field for field in cls.__dataclass_fields__ if not field.startswith("_")}
         known |= set(cls.attribute_map) | {"num_labels", "use_flash_attn", "attn_implementation"}

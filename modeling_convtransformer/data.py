@@ -419,7 +419,7 @@ def truncate_features(
     if length <= max_seq_len:
         if crop_ratio is None:
             return features, segments, class_labels
-        shortest, longest = (round(ratio * length) for ratio in crop_ratio)
+        shortest, longest = (max(round(ratio * length), 1) for ratio in crop_ratio)
         max_seq_len = rng.randint(max(shortest, 1), min(longest, length))
         if max_seq_len == length:
             return features, segments, class_labels
@@ -703,12 +703,6 @@ def _read_entry(
             f'{video_id}: each annotation must have a "label" and a "segment" of two numbers ({error!r}); '
             "validate_annotations lists all that is wrong."
         ) from error
-    bad = ~(segments[:, 0] <= segments[:, 1]) | ~np.isfinite(segments).all(axis=1)
-    if bad.any():
-        raise ValueError(
-            f"{video_id}: the segment {segments[bad][0].tolist()} is not a start and an end in seconds; "
-            "validate_annotations lists all that is wrong."
-        )
     unknown = sorted({*labels.tolist()} - {*label2id})
     if unknown:
         raise ValueError(f"{video_id}: label2id has no {unknown}; it has {len(label2id)} names: add or correct them.")
@@ -716,6 +710,13 @@ def _read_entry(
         names, name_of = np.unique(labels, return_inverse=True)
         segments, name_of = remove_duplicates(segments, name_of)
         labels = names[name_of]
+    # (an end past the duration is no error: THUMOS14 has thirty; validate_annotations tells)
+    bad = ~(segments[:, 0] < segments[:, 1]) | ~np.isfinite(segments).all(axis=1) | (segments[:, 0] < 0)
+    if bad.any():
+        raise ValueError(
+            f"{video_id}: the segment {segments[bad][0].tolist()} is not 0 <= start < end in seconds; "
+            "validate_annotations lists all that is wrong."
+        )
     class_labels = np.array([label2id[label] for label in labels.tolist()], dtype=np.int64)
     return _Video(video_id, paths, float(fps), duration, segments, class_labels)
 
@@ -724,6 +725,9 @@ def _read_entry(
 class DataCollator:
     """Items of a dataset to what the model takes: {"input_features" (batch, T, channels), "attention_mask" (batch, T),
     "labels" [{"segments" (N, 2), "class_labels" (N,)}, ...]}.
+
+    With transformers' Trainer, say `TrainingArguments(remove_unused_columns=False, eval_do_concat_batches=False)`: items
+    are not yet what the model takes, and lists of labels cannot be concatenated.
 
     Args:
         feature_extractor: a `ConvTransformerFeatureExtractor`: checks and pads the features.
@@ -737,6 +741,11 @@ class DataCollator:
     return_metadata: bool = False
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if any("video_id" not in item for item in items):
+            raise ValueError(
+                f"The collator got items with the keys {sorted(items[0])}; expected those of TemporalActionDataset. Trainer "
+                "takes away what forward does not name, unless TrainingArguments(remove_unused_columns=False)."
+            )
         video_ids, padding = [item["video_id"] for item in items], {}
         if self.max_length is not None:
             padding = {"max_length": self.max_length, "padding": "max_length"}

@@ -8,7 +8,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,18 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         super().__init__(feature_size=feature_size, padding_value=padding_value, **kwargs)
         if isinstance(feature_size, bool) or not isinstance(feature_size, int) or feature_size < 1:
             raise ValueError(f"feature_size is {feature_size!r}; expected the width of a feature, a positive integer.")
+        if self.padding_side != "right":
+            raise ValueError(
+                f"padding_side is {self.padding_side!r}; expected 'right': positions on the grid count from the first step."
+            )
+        for name, value in (("min_length", min_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; expected a positive integer, or None.")
+        if not 0 <= length_tolerance < math.inf or not math.isfinite(padding_value):
+            raise ValueError(
+                f"length_tolerance is {length_tolerance!r} and padding_value {padding_value!r}; expected a share of 0 or "
+                "more and a finite number."
+            )
         num_frames = feature_stride if num_frames is None else num_frames
         # (numbers of numpy cannot be saved as JSON)
         numbers = [x.item() if isinstance(x, np.generic) else x for x in (fps, feature_stride, num_frames)]
@@ -222,7 +234,11 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         """One sample as a checked float32 array (time, channels)."""
         array = _load(sample, name) if isinstance(sample, str | os.PathLike) else sample
         array = array.detach().cpu().float().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
-        if array.dtype == object or not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
+        if (
+            array.dtype == object
+            or array.dtype.kind == "c"
+            or not (np.issubdtype(array.dtype, np.number) or array.dtype == bool)
+        ):
             raise ValueError(
                 f"{name}: the features have dtype {array.dtype}; expected numbers in an array (time, channels)."
             )
@@ -392,8 +408,12 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         batch, points, classes = logits.shape
         scores = logits.detach().float().sigmoid()
         if point_mask is not None:
-            scores = scores * torch.as_tensor(point_mask).to(scores.device)[..., None]
-        counts = [points] if levels is None else torch.bincount(torch.as_tensor(levels)[0]).tolist()
+            scores = scores * (torch.as_tensor(point_mask) > 0).to(scores.device)[..., None]
+        counts = [points]
+        if levels is not None:  # Trainer and accelerate fill up gathered outputs with negative numbers
+            levels = torch.as_tensor(levels)
+            longest = levels[(levels >= 0).sum(dim=1).argmax()]
+            counts = torch.bincount(longest[longest >= 0]).tolist()
         best_scores, best_points, best_labels, first = [], [], [], 0
         for count in counts:
             flat = scores[:, first : first + count].flatten(1)
@@ -557,6 +577,10 @@ def _to_seconds(segments: torch.Tensor, geometry: dict) -> torch.Tensor:
 
 def _as_samples(features) -> list:
     """One sample or many, as a list of samples."""
+    if isinstance(features, Mapping):  # what `pad` takes: {"input_features": [...]}
+        if "input_features" not in features:
+            raise ValueError(f"The features are a mapping with the keys {list(features)}; expected 'input_features'.")
+        features = features["input_features"]
     if isinstance(features, str | os.PathLike):
         return [features]
     if isinstance(features, torch.Tensor | np.ndarray) and features.ndim < 3:

@@ -120,6 +120,8 @@ def pad_labels(labels: list[dict], num_labels: int, device: torch.device) -> tup
     Raises:
         ValueError: wrong keys or shapes, a class outside id2label, or start >= end; the message names the sample.
     """
+    if isinstance(labels, dict):
+        raise ValueError("labels is one dict; expected a list with one for each sample: labels=[{...}].")
     segments, classes = [], []
     for index, label in enumerate(labels):
         if not {"segments", "class_labels"} <= set(label):
@@ -127,7 +129,10 @@ def pad_labels(labels: list[dict], num_labels: int, device: torch.device) -> tup
                 f"labels[{index}] has the keys {sorted(label)}; expected 'segments' (N, 2) and 'class_labels' (N,)."
             )
         one_segments = torch.as_tensor(label["segments"], dtype=torch.float32, device=device)
-        one_classes = torch.as_tensor(label["class_labels"], dtype=torch.long, device=device)
+        one_classes = torch.as_tensor(label["class_labels"], device=device)
+        if one_classes.is_floating_point() and one_classes.numel():
+            raise ValueError(f"labels[{index}] has class_labels of type {one_classes.dtype}; expected whole numbers.")
+        one_classes = one_classes.long()
         if one_segments.numel() == 0:
             one_segments = one_segments.reshape(0, 2)
         if one_segments.shape != (len(one_segments), 2) or one_classes.shape != (len(one_segments),):
@@ -145,7 +150,8 @@ def pad_labels(labels: list[dict], num_labels: int, device: torch.device) -> tup
     is_segment = torch.arange(segments.shape[1], device=device) < counts[:, None]
 
     bad_class = is_segment & ((classes < 0) | (classes >= num_labels))
-    bad_order = is_segment & ~(segments[..., 0] < segments[..., 1])
+    in_order = (segments[..., 0] < segments[..., 1]) & segments.isfinite().all(dim=-1)
+    bad_order = is_segment & ~in_order
     if (bad_class | bad_order).any():
         index, which = (bad_class | bad_order).nonzero()[0].tolist()
         if bad_class[index, which]:
@@ -215,7 +221,7 @@ class ConvTransformerLoss(KeepsDtype):
         Raises:
             ValueError: see `pad_labels`.
         """
-        if len(labels) != len(logits):
+        if not isinstance(labels, dict) and len(labels) != len(logits):
             raise ValueError(
                 f"labels has {len(labels)} entries for a batch of {len(logits)} samples; give one a sample."
             )

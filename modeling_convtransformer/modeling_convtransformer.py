@@ -142,7 +142,8 @@ class MaskedMaxPool1d(nn.Module):
         if self.mask_input and padding is not None:
             x = x.masked_fill(padding, -torch.inf)
         x = F.pad(x.transpose(1, 2), self.reach, value=-torch.inf)
-        x = F.max_pool1d(x, self.stride + 1, self.stride)
+        # Two-dimensional, because the one-dimensional kernel makes torch.compile specialise on the length.
+        x = F.max_pool2d(x.unsqueeze(2), (1, self.stride + 1), (1, self.stride)).squeeze(2)
         return zero_padding(x.transpose(1, 2), subsample(padding, self.stride))
 
 
@@ -527,8 +528,6 @@ class ConvTransformerPreTrainedModel(PreTrainedModel):
         "hidden_states": [ConvTransformerBlock, ConvBlock],
         "attentions": ConvTransformerAttention,
     }
-    # The moving normaliser drifts by fractions of a percent a step, which bfloat16 would lose.
-    _keep_in_fp32_modules_strict = ["loss_normalizer"]
     # Trainer's loss is already an average over the batch's positives: divide it under gradient accumulation.
     accepts_loss_kwargs = False
 

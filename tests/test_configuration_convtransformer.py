@@ -586,3 +586,28 @@ def test_relative_positions_of_v1_without_windows_are_ignored_as_there(tmp_path)
     assert ConvTransformerConfig.from_yaml(path).use_rel_pe is False
     path.write_text("dataset: {input_dim: 64}\nmodel: {use_rel_pe: true, n_mha_win_size: 9}\n")
     assert ConvTransformerConfig.from_yaml(path).use_rel_pe is True
+
+
+def test_label2id_follows_id2label(tmp_path):
+    config = ConvTransformerConfig(id2label={0: "run", 1: "walk"})
+    assert config.label2id == {"run": 0, "walk": 1}
+    config.save_pretrained(tmp_path)
+    assert ConvTransformerConfig.from_pretrained(tmp_path).label2id == {"run": 0, "walk": 1}
+    other = ConvTransformerConfig.from_pretrained(tmp_path, id2label={0: "sit", 1: "lie", 2: "run"})
+    assert other.label2id == {"sit": 0, "lie": 1, "run": 2}
+    assert ConvTransformerConfig.from_pretrained(tmp_path, num_labels=3).label2id["LABEL_2"] == 2
+    named = ConvTransformerConfig.from_yaml(CONFIGURATION / "balanced.yaml", id2label={0: "run", 1: "walk"})
+    assert (named.num_labels, named.id2label) == (2, {0: "run", 1: "walk"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"id2label": {0: "a", 1: "b"}, "label2id": {"a": 1, "b": 0}}, "label2id .* contradicts id2label"),
+        ({"id2label": {0: "a", 1: "b"}, "num_labels": 3}, "num_labels is 3, but id2label names 2"),
+        ({"hidden_size": 128, "n_embd": 64}, "hidden_size is 128 and n_embd 64"),
+    ],
+)
+def test_one_thing_said_twice_differently(fields, words):
+    with pytest.raises(ValueError, match=words):
+        ConvTransformerConfig(**fields)

@@ -1457,3 +1457,42 @@ def test_outputs_may_be_any_object_with_the_right_names():
     assert found["scores"].tolist() == pytest.approx([1 / (1 + math.exp(-4))], rel=1e-6)
     with pytest.raises(ValueError, match="no pred_segments"):
         extractor.post_process_temporal_action_localization({"logits": fields["logits"]})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"padding_side": "left"},
+        {"min_length": 0},
+        {"pad_to_multiple_of": "8"},
+        {"length_tolerance": -0.1},
+        {"padding_value": float("nan")},
+    ],
+)
+def test_settings_of_padding_are_checked(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        ConvTransformerFeatureExtractor(4, 10, 5, 5, **settings)
+
+
+def test_gathered_outputs_that_were_filled_up_give_the_same_segments():
+    extractor = ConvTransformerFeatureExtractor(4, 10, 5, 5, min_score=0.0)
+    torch.manual_seed(0)
+    outputs = {
+        "logits": torch.randn(1, 6, 2),
+        "pred_segments": torch.tensor([[[0.0, 2.0], [1.0, 4.0], [2.0, 5.0], [3.0, 9.0], [0.0, 8.0], [4.0, 8.0]]]),
+        "point_mask": torch.ones(1, 6, dtype=torch.long),
+        "point_levels": torch.tensor([[0, 0, 0, 0, 1, 1]]),
+    }
+    filled = {name: torch.cat([value, torch.full_like(value[:, :3], -100)], dim=1) for name, value in outputs.items()}
+    (wanted,) = extractor.post_process_temporal_action_localization(outputs)
+    (found,) = extractor.post_process_temporal_action_localization(filled)
+    assert len(wanted["scores"]) == 12
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_what_pad_takes_is_taken():
+    extractor = ConvTransformerFeatureExtractor(2, 10, 5, 5)
+    sample = np.arange(6, dtype=np.float32).reshape(3, 2)
+    assert torch.equal(extractor({"input_features": [sample]}).input_features, torch.from_numpy(sample)[None])
+    with pytest.raises(ValueError, match="input_features"):
+        extractor({"features": [sample]})

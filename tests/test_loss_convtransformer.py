@@ -536,3 +536,16 @@ def test_two_processes_train_as_one(tmp_path):
                 torch.testing.assert_close(gradients[key], parameter.grad, rtol=1e-5, atol=1e-6, msg=f"{name} {key}")
         if name != "all_empty":
             assert max(parameter.grad.abs().max() for parameter in model.parameters()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([{"segments": [[1.0, float("inf")]], "class_labels": [0]}], "start < end"),
+        ([{"segments": [[1.0, 2.0]], "class_labels": [0.7]}], "whole numbers"),
+        ({"segments": [[1.0, 2.0]], "class_labels": [0]}, "a list with one for each sample"),
+    ],
+)
+def test_labels_that_look_nearly_right(labels, words):
+    with pytest.raises(ValueError, match=words):
+        pad_labels(labels, 3, torch.device("cpu"))

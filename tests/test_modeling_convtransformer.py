@@ -965,3 +965,30 @@ def test_positions_stretch_over_what_is_valid(kind, mask_conv_inputs):
     valid = F.interpolate(table.T[None], 30, mode="linear", align_corners=False)[0].T
     torch.testing.assert_close(part[:30], valid if mask_conv_inputs else stretched[:30], atol=2e-5, rtol=0)
     assert part[30:].abs().max() == 0
+
+
+@pytest.mark.parametrize("window", [-1, 5])
+def test_compiled_forward_serves_all_lengths(window):
+    """No graph break, and lengths are dynamic: once short and long recordings are compiled, no length is compiled anew."""
+    torch._dynamo.reset()
+    model = make_detector(arch=(1, 1, 2), mha_win_size=window)
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+
+    def check(length):
+        features = torch.randn(1, length, 6)
+        with torch.no_grad():
+            # the same operations, traced
+            torch.testing.assert_close(compiled(features).logits, model(features).logits, atol=1e-5, rtol=1e-5)
+
+    for length in (16, 33, 150):  # windows: one block, several, several on each level
+        check(length)
+    known = len(graphs)
+    for length in (200, 131, 301, 256):
+        check(length)
+    assert len(graphs) == known

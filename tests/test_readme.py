@@ -53,3 +53,12 @@ def test_tree_names_existing_files():
     known = {path.name for path in ROOT.rglob("*") if ".venv" not in path.parts}
     assert len(names) >= 8
     assert [name for name in names if name not in known] == []
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_no_placeholder_is_left(path):
+    assert (
+        re.findall(r"\b[A-Z]+_[A-Z_]+\b(?!\.cff)", path.read_text(encoding="utf-8").replace("SBHAR_FOLDER", "")) == []
+    )

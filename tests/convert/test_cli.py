@@ -355,3 +355,8 @@ def test_as_a_process(tmp_path):
     refused = f"it holds {os.system.__module__}.system, and loading such things runs code from the file."
     assert result.stderr == f"error: evil.pth is refused: {refused}\n"
     assert listing(tmp_path) == ["evil.pth"]
+
+
+def test_set_needs_a_target(tmp_path, capsys):
+    assert main(["actionformer", "no.pth.tar", str(tmp_path / "out"), "--set", "n_embd=32"]) == 1
+    assert "it needs --target" in capsys.readouterr().err
