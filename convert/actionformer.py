@@ -155,18 +155,8 @@ def make_feature_extractor(
 
 
 def _make_config(path: Path, state: dict[str, torch.Tensor], names: list[str] | None) -> ConvTransformerConfig:
-    """The config of a v1 file, corrected where v1 ignores what the file says, with names for its classes."""
-    model, overrides = read_recipe(path).get("model"), {}
-    if isinstance(model, dict) and "n_mha_win_size" in model:
-        windows = model["n_mha_win_size"]
-        # The step itself is in the middle of a window: v1's 8 does what its 9 does.
-        odd = [w + 1 if w > 1 and w % 2 == 0 else w for w in (windows if isinstance(windows, list) else [windows])]
-        overrides["mha_win_size"] = odd if isinstance(windows, list) else odd[0]
-        if max(odd) <= 1:
-            overrides["use_rel_pe"] = False  # v1 has it inside windows only
-    config = ConvTransformerConfig.from_yaml(path, **overrides)
-    if config.backbone_type == "conv":
-        config.use_abs_pe = config.use_rel_pe = False
+    """The config of a v1 file, as its weights are, with names for its classes."""
+    config = ConvTransformerConfig.from_yaml(path)
     # v1 has these scales only where the drop path rate is above 0, and never in the conv backbone.
     if not any(".drop_path_" in name for name in state):
         config.path_pdrop = 0.0

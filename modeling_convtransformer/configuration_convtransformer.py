@@ -671,8 +671,14 @@ def _fields_of_v1(path, content: dict) -> dict:
     if isinstance(fields["n_embd"], list | tuple):
         fields["stream_dims"] = fields["n_embd"]
         fields["n_embd"] = sum(fields["n_embd"])
-    if fields["use_rel_pe"] and isinstance(fields["mha_win_size"], int) and fields["mha_win_size"] <= 1:
+    windows = fields["mha_win_size"]
+    # The step itself is in the middle of a window: v1's 8 does what its 9 does.
+    odd = [w + 1 if w > 1 and w % 2 == 0 else w for w in (windows if isinstance(windows, list) else [windows])]
+    fields["mha_win_size"] = odd if isinstance(windows, list) else odd[0]
+    if max(odd) <= 1:
         fields["use_rel_pe"] = False  # v1 has it only inside windows and ignores it elsewhere
+    if fields["backbone_type"] == "conv":
+        fields["use_abs_pe"] = fields["use_rel_pe"] = False  # ignored there too
     return fields
 
 

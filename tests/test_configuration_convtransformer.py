@@ -611,3 +611,19 @@ def test_label2id_follows_id2label(tmp_path):
 def test_one_thing_said_twice_differently(fields, words):
     with pytest.raises(ValueError, match=words):
         ConvTransformerConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("{n_mha_win_size: 8}", {"mha_win_size": 9}),
+        ("{n_mha_win_size: [6, 6, 6, 5, -1, -1]}", {"mha_win_size": [7, 7, 7, 5, -1, -1]}),
+        ("{n_mha_win_size: [-1, -1, -1, -1, -1, -1], use_rel_pe: true}", {"use_rel_pe": False}),
+        ("{backbone_type: conv, use_abs_pe: true}", {"use_abs_pe": False, "backbone_type": "conv"}),
+    ],
+)
+def test_what_v1_does_with_odd_settings(tmp_path, model, expected):
+    path = tmp_path / "v1.yaml"
+    path.write_text(f"dataset: {{num_classes: 3, input_dim: 8}}\nmodel: {model}\n")
+    config = ConvTransformerConfig.from_yaml(path)
+    assert {name: getattr(config, name) for name in expected} == expected
