@@ -29,39 +29,17 @@ def main(arguments: list[str] | None = None) -> int:
         "  convtransformer-convert actionformer my_thumos back.pth.tar --reverse",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    v1.add_argument(
-        "source",
-        type=Path,
-        metavar="SOURCE",
-        help="the checkpoint, a .pth.tar file (with --reverse: a converted folder)",
+    _add_shared(
+        v1,
+        source="the checkpoint, a .pth.tar file (with --reverse: a converted folder)",
+        out="the folder to write (with --reverse: the .pth.tar file to write)",
+        whose="ActionFormer does",
     )
-    v1.add_argument(
-        "out", type=Path, metavar="OUT", help="the folder to write (with --reverse: the .pth.tar file to write)"
+    _add_recipe(
+        v1,
+        "the YAML file that it was trained with, or the config.txt that training wrote beside it (needed, but for --reverse)",
     )
-    v1.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="the YAML file that it was trained with, or the config.txt that training wrote beside it (needed, but for --reverse)",
-    )
-    v1.add_argument(
-        "--annotations",
-        type=Path,
-        metavar="FILE",
-        help="the dataset's annotation JSON: it gives the class names, and the frame rate if the config has none",
-    )
-    v1.add_argument("--fps", type=float, help="frames per second of the recordings, instead of the config's")
-    v1.add_argument(
-        "--weights",
-        choices=("ema", "raw"),
-        default="ema",
-        help="the moving average of training (default) or the raw weights",
-    )
-    v1.add_argument("--allow-unused", action="store_true", help="leave out tensors that ActionFormer does not have")
-    v1.add_argument("--overwrite", action="store_true", help="replace OUT if an earlier conversion wrote it")
     v1.add_argument("--reverse", action="store_true", help="write a converted folder as a checkpoint of the release")
-    v1.add_argument("--push-to-hub", metavar="REPO", help="then upload to this repository of the Hugging Face Hub")
-    _add_target(v1)
 
     _add_transformer_v2(commands)
     _add_opentad(commands)
@@ -168,14 +146,7 @@ def _add_transformer_v2(commands):
         epilog="example: convtransformer-convert transformer-v2 epoch_034.pth.tar my_model --config thumos_v2.yaml",
     )
     _add_shared(v2, "the checkpoint, or the state dict of a backbone", "the earlier v2 does")
-    v2.add_argument("--config", type=Path, metavar="FILE", help="the YAML file that it was trained with (needed)")
-    v2.add_argument(
-        "--annotations",
-        type=Path,
-        metavar="FILE",
-        help="the dataset's annotation JSON: it gives the class names, and the frame rate if the config has none",
-    )
-    v2.add_argument("--fps", type=float, help="frames per second of the recordings, instead of the config's")
+    _add_recipe(v2, "the YAML file that it was trained with (needed)")
 
 
 def _add_opentad(commands):
@@ -226,9 +197,21 @@ def _add_opentad(commands):
     )
 
 
-def _add_shared(parser: argparse.ArgumentParser, source: str, whose: str):
+def _add_recipe(parser: argparse.ArgumentParser, config: str):
+    """What v1 and the earlier v2 record beside their weights."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help=config)
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help="the dataset's annotation JSON: it gives the class names, and the frame rate if the config has none",
+    )
+    parser.add_argument("--fps", type=float, help="frames per second of the recordings, instead of the config's")
+
+
+def _add_shared(parser: argparse.ArgumentParser, source: str, whose: str, out: str = "the folder to write"):
     parser.add_argument("source", type=Path, metavar="SOURCE", help=source)
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    parser.add_argument("out", type=Path, metavar="OUT", help=out)
     parser.add_argument(
         "--weights",
         choices=("ema", "raw"),

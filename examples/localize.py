@@ -56,6 +56,11 @@ def main():
 
     try:
         signal = np.load(options.signal, allow_pickle=False)
+    except (ValueError, OSError, EOFError):  # numpy's own words advise to unpickle the file
+        signal = None
+    if not isinstance(signal, np.ndarray):
+        parser.error(f"{options.signal} is no .npy file of numbers; write it with np.save(path, signal)")
+    try:
         features = window_features(signal, feature_extractor.num_frames, feature_extractor.feature_stride)
         inputs = feature_extractor(features, names=[str(options.signal)])
     except ValueError as error:

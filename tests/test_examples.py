@@ -67,6 +67,12 @@ def test_localize_prints_a_table_and_names_bad_input(demo, tmp_path):
     assert "NaN" in result.stderr
     assert "Traceback" not in result.stderr
 
+    (tmp_path / "words.npy").write_text("not a signal")
+    result = run(script, folder / "model", "words.npy", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "words.npy is no .npy file of numbers" in result.stderr
+    assert "pickle" not in result.stderr
+
     result = run(script, folder / "model", "missing.npy", cwd=tmp_path)
     assert result.returncode == 2
     assert "there is no missing.npy" in result.stderr
