@@ -1,0 +1,632 @@
+"""What latency, training and scaling measure: models of named settings, ours and v1's, with their inputs and outputs.
+
+All weights are random, but such that every part matters to the outputs (`stir`): an initialised model hides its
+attention behind learned scales near zero, and no error in it would show.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import official
+import torch
+import yaml
+from harness import BenchmarkError, Column, first_line, first_sentence
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_convtransformer import ConvTransformerConfig, ConvTransformerForTemporalActionLocalization
+from modeling_convtransformer.convert.actionformer import padding_multiple
+from modeling_convtransformer.convert.adapt import find_configuration
+from modeling_convtransformer.convert.checkpoint import ConversionError
+
+VARIANTS = {
+    "balanced": {},
+    "v1_compatible": {"use_rope": False, "use_swiglu": False, "use_rms_norm": False, "mask_conv_inputs": False},
+}
+DTYPES = ("float32", "bfloat16", "float16", "autocast")
+COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def find_config(name: str, fields: dict[str, Any]) -> ConvTransformerConfig:
+    """
+    The settings `name`, with `fields` replaced: "balanced" (every default), "v1_compatible" (v1's own defaults), a YAML
+    file, or one of ours (configuration/*.yaml) by its name or the unique start of it ("thumos14").
+
+    Raises:
+        BenchmarkError: there are no such settings, or they contradict one another.
+    """
+    try:
+        if name in VARIANTS:
+            return ConvTransformerConfig(**{**VARIANTS[name], **fields})
+        starts = [path for path in (harness.ROOT / "configuration").glob("*.yaml") if path.stem.startswith(name)]
+        if len(starts) == 1 and not Path(name).is_file():
+            name = starts[0].stem
+        return ConvTransformerConfig.from_yaml(find_configuration(name), **fields)
+    except ConversionError as error:
+        raise BenchmarkError(f"{str(error).rstrip('.')}, nor one of {', '.join(VARIANTS)}.") from None
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise BenchmarkError(f"{name}: {first_line(error)}") from None
+
+
+def parse_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """What --set, --n-in and --n-embd say."""
+    known = {field for field in ConvTransformerConfig.__dataclass_fields__ if not field.startswith("_")}
+    known |= set(ConvTransformerConfig.attribute_map) | {"num_labels"}
+    fields = {}
+    for text in args.set:
+        field, is_there, value = text.partition("=")
+        if not is_there or field not in known:
+            raise BenchmarkError(f"--set {text}: expected FIELD=VALUE with a field of ConvTransformerConfig.")
+        fields[field] = yaml.safe_load(value)
+    given = {"n_in": args.n_in, "n_embd": args.n_embd}
+    return {**fields, **{field: value for field, value in given.items() if value is not None}}
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, variants: list[str], batch: int, length: int | None, model: str | None = None
+):
+    """The options that choose what is measured. Without `length` or `model`, the command has its own."""
+    if model is not None:
+        parser.add_argument("--model", choices=["backbone", "detector"], default=model, help=f"default: {model}")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=variants,
+        metavar="NAME",
+        help="settings: balanced (every default), v1_compatible (v1's own defaults), a file of configuration/ by name "
+        f"or start of it, or the path of a YAML file (default: {' '.join(variants)})",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the config, for all variants"
+    )
+    parser.add_argument("--n-in", type=int, help="width of the features (default: the variant's)")
+    parser.add_argument("--n-embd", type=int, help="width of the model (default: the variant's)")
+    parser.add_argument("--batch", type=int, default=batch, help=f"default: {batch}")
+    if length is not None:
+        parser.add_argument("--length", type=int, default=length, help=f"time steps (default: {length})")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=["float32"],
+        help="of weights and activations; autocast: float32 weights, bfloat16 where torch.autocast does so",
+    )
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=["sdpa"],
+        metavar="NAME",
+        help="attn_implementation: sdpa, eager, flex_attention, flash_attention_2, ... (default: sdpa)",
+    )
+    parser.add_argument("--compile", nargs="+", choices=COMPILE_MODES, default=["off"], help="modes of torch.compile")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--tf32", choices=["default", "on", "off"], default="default", help="of float32 on a GPU (default: torch's)"
+    )
+    parser.add_argument("--v1", metavar="PATH", help=official.HELP)
+    parser.add_argument(
+        "--v1-dtype", nargs="+", choices=DTYPES, default=["float32"], help="of v1's rows; the first is the reference"
+    )
+    parser.add_argument(
+        "--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory (default: yes)"
+    )
+    parser.add_argument(
+        "--limits",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure what the machine can do, and give times as a share of it (default: yes)",
+    )
+
+
+def check_arguments(args: argparse.Namespace):
+    """Refuses what no case can be made of, before anything runs."""
+    for option in ("batch", "length"):
+        if getattr(args, option, 1) < 1:
+            raise BenchmarkError(f"--{option} is {getattr(args, option)}; expected at least 1.")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise BenchmarkError(f"--device {args.device} is not there: {first_line(error)}") from None
+    if args.v1:
+        args.v1 = str(official.check_clone(args.v1))
+    prepare_torch(args.threads, args.tf32)
+
+
+def prepare_torch(threads: int | None, tf32: str):
+    """torch's settings of this process."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if tf32 != "default":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32 == "on"
+    # Every row compiles the same functions anew; past the usual limit torch would silently run them uncompiled.
+    torch._dynamo.config.cache_size_limit = 256
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cases
+
+
+@dataclasses.dataclass
+class Case:
+    """One row: a model and how it runs. Everything in it is plain, so that a fresh process can build the same."""
+
+    variant: str
+    config: ConvTransformerConfig
+    length: int
+    batch: int = 1
+    model: str = "backbone"
+    dtype: str = "float32"
+    backend: str = "eager"
+    compile: str = "off"
+    device: str = "cpu"
+    threads: int | None = None
+    tf32: str = "default"
+    v1: str | None = None  # the clone; where the settings are v1's, all weights come from its code
+    is_v1: bool = False  # v1's own code
+    is_training: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}, {self.dtype}, {self.backend}, compile {self.compile}"
+
+    @property
+    def has_v1_weights(self) -> bool:
+        return self.v1 is not None and not official.beyond_v1(self.config)
+
+    @property
+    def settings(self) -> str:
+        """The same text for the same model and weights."""
+        fields = {key: value for key, value in self.config.to_dict().items() if "attn_implementation" not in key}
+        return json.dumps([fields, self.has_v1_weights], sort_keys=True, default=str)
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "variant": self.variant,
+            "dtype": self.dtype,
+            "backend": self.backend,
+            "compile": self.compile,
+        }
+
+
+def make_cases(args: argparse.Namespace, variants: list[tuple], length: int, is_training: bool = False) -> list[Case]:
+    """
+    One case for each variant in each dtype, backend and compile mode; with --v1, v1's own code first, in the settings of
+    the first variant that v1 has.
+
+    Args:
+        variants: (name, config), or (name, config, backend) for one that is not run in all of `args.backends`.
+    """
+    shared = {
+        "length": length,
+        "batch": args.batch,
+        "model": getattr(args, "model", "detector"),
+        "device": args.device,
+        "threads": args.threads,
+        "tf32": args.tf32,
+        "v1": args.v1,
+        "is_training": is_training,
+    }
+    cases = [
+        Case(name, config, dtype=dtype, backend=backend, compile=mode, **shared)
+        for name, config, *only in variants
+        for dtype in args.dtype
+        for backend in only or args.backends
+        for mode in args.compile
+    ]
+    if args.v1 is None:
+        return cases
+    like_v1 = next((config for _, config, *_ in variants if not official.beyond_v1(config)), None)
+    if like_v1 is None:
+        like_v1 = find_config("v1_compatible", parse_fields(args))
+    multiple = padding_multiple(like_v1)
+    if length % multiple:
+        raise BenchmarkError(
+            f"v1 pads {length} steps to a multiple of {multiple} here, so its times and outputs would be those of another "
+            f"length; --length {-(-length // multiple) * multiple} would work."
+        )
+    official_cases = [Case("v1's code", like_v1, dtype=dtype, is_v1=True, **shared) for dtype in args.v1_dtype]
+    return [*official_cases, *cases]
+
+
+def make_features(case: Case, length: int | None = None) -> torch.Tensor:
+    """Random features (batch, time, n_in), the same for every case of these sizes."""
+    generator = torch.Generator().manual_seed(1)
+    width = sum(case.config.stream_widths)
+    # Time varies slowest, so that a shorter input is the start of a longer one.
+    features = torch.randn(length or case.length, case.batch, width, generator=generator)
+    return features.transpose(0, 1).contiguous()
+
+
+def make_labels(case: Case) -> list[dict[str, torch.Tensor]]:
+    """Ten segments a sample, from 8 steps to an eighth of the length (or a step, where it is shorter), of any class."""
+    generator = torch.Generator().manual_seed(2)
+    shortest, longest = min(8.0, case.length / 16), case.length / 8
+    labels = []
+    for _ in range(case.batch):
+        uniform = torch.rand(10, 2, generator=generator)
+        lengths = shortest * (longest / shortest) ** uniform[:, 0]
+        starts = uniform[:, 1] * (case.length - 1 - lengths).clamp(min=0)
+        classes = torch.randint(0, case.config.num_labels, (10,), generator=generator)
+        segments = torch.stack([starts, starts + lengths], dim=1)
+        labels.append({"segments": segments.to(case.device), "class_labels": classes.to(case.device)})
+    return labels
+
+
+@torch.no_grad()
+def stir(model: nn.Module):
+    """
+    Changes an initialised model so that each of its parts shows in the outputs: scales of residual branches near 1
+    instead of 1e-4, norms and biases off 1 and 0, and attention that prefers some steps to others. Ours and v1's alike.
+    """
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "drop_path" in name:
+            parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+        elif parameter.numel() == max(parameter.shape, default=1):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        elif any(f"attn.{part}.weight" in name for part in ("q_proj", "k_proj", "query", "key")):
+            parameter.mul_(3)
+
+
+class Runner:
+    """
+    A case, built: call it, and what is measured happens once.
+
+    `check` gives what the error columns compare, by name, from the same model.
+    """
+
+    def __init__(self, case: Case, length: int | None = None):
+        """
+        Raises:
+            Exception: whatever torch or transformers has against it; the attention backend is not installed, say.
+        """
+        self.case, config = case, copy.deepcopy(case.config)
+        torch.manual_seed(0)
+        theirs = None
+        if case.is_v1 or case.has_v1_weights:
+            theirs = official.build_model(case.v1, config, case.length)
+            stir(theirs)
+        if case.is_v1:
+            detector = theirs
+        else:
+            config._attn_implementation = case.backend
+            detector = ConvTransformerForTemporalActionLocalization(config)
+            if theirs is None:
+                stir(detector)
+            else:
+                state = official.convert_state(theirs.state_dict())
+                missing, unexpected = detector.load_state_dict(state, strict=False)
+                assert not unexpected, unexpected
+                assert set(missing) <= {"criterion.loss_normalizer"}, missing
+        dtype = torch.float32 if case.dtype == "autocast" else getattr(torch, case.dtype)
+        detector.to(case.device, dtype).train(case.is_training)
+
+        features = make_features(case, length).to(case.device, dtype)
+        if case.is_v1:
+            # As its preprocessing does: it runs on multiples of stride times window only.
+            padded = -features.shape[1] % padding_multiple(config)
+            self.mask = torch.arange(features.shape[1] + padded, device=case.device) < features.shape[1]
+            self.mask = self.mask.expand(case.batch, 1, -1)
+            features = nn.functional.pad(features.transpose(1, 2), (0, padded)).contiguous()
+        self.features = features
+        self.labels = make_labels(case) if case.is_training else None
+        self.detector = detector
+        self.function = self._make_function()
+        if case.compile != "off":
+            self.function = torch.compile(
+                self.function, mode=None if case.compile == "default" else case.compile, dynamic=False
+            )
+
+    def _make_function(self) -> Callable:
+        detector = self.detector
+        if self.case.is_training and self.case.is_v1:
+            return lambda x: official.training_loss(detector, x, self.mask, self.labels)
+        if self.case.is_training:
+            return lambda x: detector(x, labels=self.labels).loss
+        if self.case.is_v1:
+            if self.case.model == "backbone":
+                return lambda x: detector.backbone(x, self.mask)
+            return lambda x: official.run_detector(detector, x, self.mask)
+        # The module itself rather than a lambda around it: what users compile.
+        return detector.model if self.case.model == "backbone" else detector
+
+    def __call__(self) -> Any:
+        if self.case.compile != "off":
+            torch.compiler.cudagraph_mark_step_begin()
+        mixed = contextlib.nullcontext()
+        if self.case.dtype == "autocast":
+            mixed = torch.autocast(torch.device(self.case.device).type, torch.bfloat16)
+        if not self.case.is_training:
+            with torch.no_grad(), mixed:
+                return self.function(self.features)
+        self.detector.zero_grad(set_to_none=True)
+        with mixed:
+            loss = self.function(self.features)
+        loss.backward()
+        return loss.detach()
+
+    def check(self) -> dict[str, list[torch.Tensor]]:
+        """
+        What the error columns compare, on the CPU in float32: the features of every level (backbone), logits and
+        segments (detector), or loss and norm of the gradient without any dropout (training).
+        """
+        if self.case.is_training:
+            # Both count the positives of earlier steps in the moving average that divides the loss.
+            if self.case.is_v1:
+                self.detector.loss_normalizer = self.case.config.init_loss_norm
+            else:
+                self.detector.criterion.loss_normalizer.fill_(self.case.config.init_loss_norm)
+            with without_dropout(self.detector):
+                loss = self()
+            norms = [parameter.grad.double().norm() for parameter in self.detector.parameters()]
+            result = {"loss": [loss], "gradient": [torch.stack(norms).norm()]}
+        else:
+            outputs = self()
+            if self.case.model == "backbone" and self.case.is_v1:
+                result = {"features": [x.transpose(1, 2) for x in outputs[0]]}
+            elif self.case.model == "backbone":
+                result = {"features": outputs.feature_maps}
+            elif self.case.is_v1:
+                result = official.detector_outputs(*outputs[:3])
+            else:
+                result = {"logits": [outputs.logits], "segments": [outputs.pred_segments]}
+        return {name: [tensor.detach().float().cpu() for tensor in tensors] for name, tensors in result.items()}
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module):
+    """All rates of dropout and drop path at 0 for a while, in ours and in v1's modules; the modules stay in training."""
+    fields = [
+        (module, field)
+        for module in model.modules()
+        for field in ("rate", "drop_prob", "attention_dropout", "p")
+        if isinstance(getattr(module, field, None), float)
+    ]
+    rates = [getattr(module, field) for module, field in fields]
+    for module, field in fields:
+        setattr(module, field, 0.0)
+    try:
+        yield
+    finally:
+        for (module, field), rate in zip(fields, rates, strict=True):
+            setattr(module, field, rate)
+
+
+def settings_of(cases: list[Case]) -> dict[str, dict]:
+    """The fields of each variant's config, for the record."""
+    return {case.variant: case.config.to_dict() for case in cases}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors, FLOPs, memory
+
+
+def compare(outputs: dict[str, list[torch.Tensor]], reference: dict[str, list[torch.Tensor]]) -> dict[str, dict]:
+    """For each kind of output the largest absolute difference, and that over the reference's largest value."""
+    errors = {}
+    for name, tensors in reference.items():
+        pairs = list(zip(outputs[name], tensors, strict=True))
+        for ours, theirs in pairs:
+            if ours.shape != theirs.shape:
+                raise RuntimeError(f"{name}: shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}")
+        absolute = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
+        largest = max(theirs.abs().max().item() for theirs in tensors)
+        errors[name] = {"absolute": absolute, "relative": absolute / largest if largest else math.inf}
+    return errors
+
+
+class References:
+    """What each case is compared with: v1's own output where it has v1's settings and weights, else float32 eager."""
+
+    def __init__(self, cases: list[Case]):
+        self.v1_case = next((case for case in cases if case.is_v1), None)
+        self.outputs: dict[str, dict | None] = {}
+
+    def find(self, case: Case) -> tuple[str, dict | None]:
+        """What it is compared with, in words, and its outputs; `None` where eager attention does not fit in memory."""
+        kind = "v1" if self.v1_case is not None and case.settings == self.v1_case.settings else "eager"
+        key = f"{kind} {case.settings}"
+        if key not in self.outputs:
+            changes = {"dtype": "float32", "backend": "eager", "compile": "off", "is_v1": kind == "v1"}
+            reference = dataclasses.replace(case, **changes)
+            self.outputs[key] = exact_outputs(reference) if eager_fits(reference) else None
+        return kind, self.outputs[key]
+
+
+def exact_outputs(case: Case) -> dict[str, list[torch.Tensor]]:
+    """The outputs of a case, in float32 proper: no TF32."""
+    settings = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    saved = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = False
+    try:
+        return Runner(case).check()
+    finally:
+        for setting, value in zip(settings, saved, strict=True):
+            setting.allow_tf32 = value
+
+
+def eager_fits(case: Case) -> bool:
+    """Whether scores of all steps with all steps leave half of the memory free (in training, those of all blocks)."""
+    if case.config.backbone_type == "conv":
+        return True
+    blocks = case.config.num_hidden_layers if case.is_training else 1
+    needed = 3 * 4 * blocks * case.batch * case.config.n_head * case.length**2
+    if torch.device(case.device).type == "cuda":
+        return needed < torch.cuda.mem_get_info(case.device)[0] / 2
+    try:
+        return needed < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    except (ValueError, OSError):  # macOS does not say
+        return case.length <= 4096
+
+
+def count_flops(case: Case) -> float:
+    """
+    Floating point operations of matrix products and convolutions that these settings need, whatever code runs them: two
+    for a multiplication with its addition, and of attention only what lies inside windows. Training counts the backward
+    pass too (but not the loss).
+    """
+    config = copy.deepcopy(case.config)
+    config._attn_implementation = "eager"  # plain products, which the counter knows on every device
+    config.use_rope = False  # no product, and torch.autocast in it knows no meta device
+    with torch.device("meta"):
+        detector = ConvTransformerForTemporalActionLocalization(config).train(case.is_training)
+        features = torch.empty(case.batch, case.length, sum(config.stream_widths))
+    with torch.set_grad_enabled(case.is_training), FlopCounterMode(display=False) as counter:
+        if case.model == "backbone" and not case.is_training:
+            detector.model(features)
+        else:
+            outputs = detector(features)
+            if case.is_training:
+                (outputs.logits.sum() + outputs.pred_segments.sum()).backward()
+    if config.backbone_type == "conv":
+        return float(counter.get_total_flops())
+    lengths = [-(-case.length // stride) for stride in config.strides]
+    blocks = [config.arch[1]] + [1] * config.arch[2]
+    beyond = sum(
+        count * (length**2 - count_pairs(length, window, config.is_causal))
+        for count, length, window in zip(blocks, lengths, config.window_sizes, strict=True)
+    )
+    # Two products for each pair of steps; their gradients are two more for each.
+    products = 2 * (3 if case.is_training else 1)
+    return float(counter.get_total_flops() - 2 * products * case.batch * config.n_embd * beyond)
+
+
+def count_pairs(length: int, window: int, is_causal: bool) -> int:
+    """Pairs of query and key that see one another."""
+    reach = min(window // 2, length - 1) if window > 1 else length - 1
+    one_side = reach * length - reach * (reach + 1) // 2
+    return length + one_side * (1 if is_causal else 2)
+
+
+def memory_of(case: Case) -> dict[str, float] | None:
+    """Peak memory of a case in this (fresh) process, see `harness.peak_memory`."""
+    prepare_torch(case.threads, case.tf32)
+    runner = Runner(case)
+    if case.compile == "off":
+        tiny = padding_multiple(case.config) * -(-32 // padding_multiple(case.config))
+        warm = Runner(dataclasses.replace(case, length=tiny)) if tiny < case.length else None
+        if warm is not None:
+            warm()  # loads libraries
+        del warm
+    else:
+        runner(), runner()
+    return harness.peak_memory(runner, case.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+COLUMNS = [
+    Column("variant", "variant"),
+    Column("dtype", "dtype"),
+    Column("attention", "backend"),
+    Column("compile", "compile"),
+    Column("median ms", "median_ms", ".1f"),
+    Column("min", "min_ms", ".1f"),
+    Column("max", "max_ms", ".1f"),
+    Column("time / first", "ratio", ".2f"),
+    Column("peak MB", "peak_mb", ".0f"),
+    Column("% of first", "memory_share", ".0%"),
+    Column("GFLOP", "gflop", ".1f"),
+    Column("% of matmul rate", "matmul_share", ".0%"),
+]
+ERROR_COLUMNS = [
+    Column("max error", "error", ".1e"),
+    Column("relative", "relative_error", ".1e"),
+    Column("against", "against"),
+]
+LAST_COLUMNS = [Column("compile s", "compile_s", ".1f")]
+
+
+def columns(error_columns: list[Column], has_v1: bool) -> list[Column]:
+    names = {"time / first": "time / v1", "% of first": "% of v1"} if has_v1 else {}
+    return [
+        column._replace(head=names.get(column.head, column.head))
+        for column in [*COLUMNS, *error_columns, *LAST_COLUMNS]
+    ]
+
+
+def measure(cases: list[Case], args: argparse.Namespace) -> tuple[list[dict], dict[str, float]]:
+    """
+    A row for each case, and the machine's limits. Each case is built, called (and compiled) and checked first; those
+    that can run are then timed in turn.
+    """
+    limits = {}
+    if args.limits:
+        used = {"bfloat16" if case.dtype == "autocast" else case.dtype for case in cases}
+        limits = harness.measure_limits([dtype for dtype in DTYPES if dtype in used], args.device)
+    references = References(cases)
+    rows, runners = [], {}
+    for case in cases:
+        row = case.row()
+        rows.append(row)
+        try:
+            runners[case.name] = _prepare(case, row, references, args.memory)
+        except Exception as error:
+            row["problem"] = describe_problem(error)
+    timings = harness.time_alternating(runners, args.repeats, 1, args.device) if runners else {}
+    first = next((row for row in rows if row["name"] in timings), {})
+    for case, row in zip(cases, rows, strict=True):
+        if row["name"] not in timings:
+            continue
+        row.update(timings[row["name"]]._asdict())
+        row["gflop"] = 1e-9 * count_flops(case)
+        rate = limits.get(f"{'bfloat16' if case.dtype == 'autocast' else case.dtype} FLOP/s")
+        if rate:
+            row["matmul_share"] = 1e9 * row["gflop"] / (1e-3 * row["median_ms"] * rate)
+        if isinstance(row.get("peak_mb"), float) and isinstance(first.get("peak_mb"), float):
+            row["memory_share"] = row["peak_mb"] / first["peak_mb"]
+    return rows, limits
+
+
+def _prepare(case: Case, row: dict, references: References, with_memory: bool) -> Runner:
+    """Builds a case, and fills in what is known of it before it is timed."""
+    is_gpu = torch.device(case.device).type == "cuda"
+    runner = Runner(case)
+    # A compiled function may hold memory between calls: what counts as held is what was there before its first call.
+    held = torch.cuda.memory_allocated(case.device) if is_gpu and case.compile != "off" else None
+    start = time.perf_counter()
+    runner()
+    harness.synchronise(case.device)
+    if case.compile != "off":
+        row["compile_s"] = time.perf_counter() - start
+        for _ in range(3):  # CUDA graphs are recorded in the second call
+            runner()
+    if with_memory:
+        memory = harness.peak_memory(runner, case.device, held) if is_gpu else harness.in_child(memory_of, case)
+        row["peak_mb"] = harness.NOT_AVAILABLE if memory is None else memory["peak"]
+    row["against"], reference = references.find(case)
+    if case.is_v1 and case.dtype == "float32":
+        row["against"] = "is the reference"
+    elif reference is None:
+        row["against"] = "not checked"
+    else:
+        row["errors"] = compare(runner.check(), reference)
+        row["error"] = max(error["absolute"] for error in row["errors"].values())
+        row["relative_error"] = max(error["relative"] for error in row["errors"].values())
+    return runner
+
+
+def describe_problem(error: Exception) -> str:
+    if harness.is_out_of_memory(error):
+        return "out of memory"
+    what = harness.NOT_AVAILABLE if isinstance(error, ImportError | ValueError | BenchmarkError) else "failed"
+    return f"{what}: {first_sentence(error)}"
