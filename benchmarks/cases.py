@@ -58,7 +58,7 @@ def find_config(name: str, fields: dict[str, Any]) -> ConvTransformerConfig:
             name = starts[0].stem
         return ConvTransformerConfig.from_yaml(find_configuration(name), **fields)
     except ConversionError as error:
-        raise BenchmarkError(f"{str(error).rstrip('.')}, nor one of {', '.join(VARIANTS)}.") from None
+        raise BenchmarkError(str(error)) from None
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise BenchmarkError(f"{name}: {first_line(error)}") from None
 
@@ -204,18 +204,21 @@ class Case:
         }
 
 
-def make_cases(args: argparse.Namespace, variants: list[tuple], length: int, is_training: bool = False) -> list[Case]:
+def make_cases(
+    args: argparse.Namespace, variants: list[tuple], length: int, is_training: bool = False, may_pad: bool = False
+) -> list[Case]:
     """
     One case for each variant in each dtype, backend and compile mode; with --v1, v1's own code first, in the settings of
     the first variant that v1 has.
 
     Args:
         variants: (name, config), or (name, config, backend) for one that is not run in all of `args.backends`.
+        may_pad: v1's code may pad the input to a length that it can run on.
     """
     shared = {
         "length": length,
         "batch": args.batch,
-        "model": getattr(args, "model", "detector"),
+        "model": getattr(args, "model", "detector" if is_training else "backbone"),
         "device": args.device,
         "threads": args.threads,
         "tf32": args.tf32,
@@ -235,7 +238,7 @@ def make_cases(args: argparse.Namespace, variants: list[tuple], length: int, is_
     if like_v1 is None:
         like_v1 = find_config("v1_compatible", parse_fields(args))
     multiple = padding_multiple(like_v1)
-    if length % multiple:
+    if length % multiple and not may_pad:
         raise BenchmarkError(
             f"v1 pads {length} steps to a multiple of {multiple} here, so its times and outputs would be those of another "
             f"length; --length {-(-length // multiple) * multiple} would work."
@@ -244,13 +247,10 @@ def make_cases(args: argparse.Namespace, variants: list[tuple], length: int, is_
     return [*official_cases, *cases]
 
 
-def make_features(case: Case, length: int | None = None) -> torch.Tensor:
+def make_features(case: Case) -> torch.Tensor:
     """Random features (batch, time, n_in), the same for every case of these sizes."""
     generator = torch.Generator().manual_seed(1)
-    width = sum(case.config.stream_widths)
-    # Time varies slowest, so that a shorter input is the start of a longer one.
-    features = torch.randn(length or case.length, case.batch, width, generator=generator)
-    return features.transpose(0, 1).contiguous()
+    return torch.randn(case.batch, case.length, sum(case.config.stream_widths), generator=generator)
 
 
 def make_labels(case: Case) -> list[dict[str, torch.Tensor]]:
@@ -291,8 +291,11 @@ class Runner:
     `check` gives what the error columns compare, by name, from the same model.
     """
 
-    def __init__(self, case: Case, length: int | None = None):
+    def __init__(self, case: Case, features: torch.Tensor | None = None):
         """
+        Args:
+            features: (batch, time, n_in), instead of random ones of `case.length` steps.
+
         Raises:
             Exception: whatever torch or transformers has against it; the attention backend is not installed, say.
         """
@@ -317,7 +320,7 @@ class Runner:
         dtype = torch.float32 if case.dtype == "autocast" else getattr(torch, case.dtype)
         detector.to(case.device, dtype).train(case.is_training)
 
-        features = make_features(case, length).to(case.device, dtype)
+        features = (make_features(case) if features is None else features).to(case.device, dtype)
         if case.is_v1:
             # As its preprocessing does: it runs on multiples of stride times window only.
             padded = -features.shape[1] % padding_multiple(config)
@@ -363,7 +366,7 @@ class Runner:
 
     def check(self) -> dict[str, list[torch.Tensor]]:
         """
-        What the error columns compare, on the CPU in float32: the features of every level (backbone), logits and
+        What the error columns compare, on the CPU in float64: the features of every level (backbone), logits and
         segments (detector), or loss and norm of the gradient without any dropout (training).
         """
         if self.case.is_training:
@@ -374,7 +377,7 @@ class Runner:
                 self.detector.criterion.loss_normalizer.fill_(self.case.config.init_loss_norm)
             with without_dropout(self.detector):
                 loss = self()
-            norms = [parameter.grad.double().norm() for parameter in self.detector.parameters()]
+            norms = [parameter.grad.double().norm().cpu() for parameter in self.detector.parameters()]
             result = {"loss": [loss], "gradient": [torch.stack(norms).norm()]}
         else:
             outputs = self()
@@ -386,7 +389,19 @@ class Runner:
                 result = official.detector_outputs(*outputs[:3])
             else:
                 result = {"logits": [outputs.logits], "segments": [outputs.pred_segments]}
-        return {name: [tensor.detach().float().cpu() for tensor in tensors] for name, tensors in result.items()}
+        return {name: [tensor.detach().cpu().double() for tensor in tensors] for name, tensors in result.items()}
+
+    def check_exactly(self) -> dict[str, list[torch.Tensor]]:
+        """`check` in float32 proper: no TF32."""
+        settings = (torch.backends.cudnn, torch.backends.cuda.matmul)
+        saved = [setting.allow_tf32 for setting in settings]
+        for setting in settings:
+            setting.allow_tf32 = False
+        try:
+            return self.check()
+        finally:
+            for setting, value in zip(settings, saved, strict=True):
+                setting.allow_tf32 = value
 
 
 @contextlib.contextmanager
@@ -445,21 +460,49 @@ class References:
         if key not in self.outputs:
             changes = {"dtype": "float32", "backend": "eager", "compile": "off", "is_v1": kind == "v1"}
             reference = dataclasses.replace(case, **changes)
-            self.outputs[key] = exact_outputs(reference) if eager_fits(reference) else None
+            self.outputs[key] = Runner(reference).check_exactly() if eager_fits(reference) else None
         return kind, self.outputs[key]
 
 
-def exact_outputs(case: Case) -> dict[str, list[torch.Tensor]]:
-    """The outputs of a case, in float32 proper: no TF32."""
-    settings = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    saved = [setting.allow_tf32 for setting in settings]
-    for setting in settings:
-        setting.allow_tf32 = False
-    try:
-        return Runner(case).check()
-    finally:
-        for setting, value in zip(settings, saved, strict=True):
-            setting.allow_tf32 = value
+def compare_start(runner: Runner, length: int) -> dict[str, dict] | None:
+    """
+    `compare` of a backbone with float32 eager attention on the first `length` steps alone, wherever these decide the
+    outcome: everywhere if they are all steps, else where neither windows nor convolutions reach beyond them.
+
+    Returns:
+        `None` where nothing can be compared: attention is global, or positions depend on the length.
+    """
+    case, config = runner.case, runner.case.config
+    length = min(length, case.length)
+    is_whole = length == case.length and not (case.is_v1 and case.length % padding_multiple(config))
+    is_local = config.backbone_type == "convTransformer" and min(config.window_sizes) > 1
+    is_stretched = (config.use_abs_pe or config.use_learned_pe) and case.length > config.max_len
+    if not is_whole and (is_stretched or not is_local):
+        return None
+    changes = {"length": length, "dtype": "float32", "backend": "eager", "compile": "off", "is_v1": False}
+    features = make_features(case)[:, :length]
+    reference = Runner(dataclasses.replace(case, **changes), features).check_exactly()["features"]
+    outputs = runner.check()["features"]
+    steps = [level.shape[1] for level in reference]
+    if not is_whole:
+        steps = [
+            max(0, -(-(length - reach) // stride))
+            for reach, stride in zip(reach_of_levels(config), config.strides, strict=True)
+        ]
+    pairs = [(a[:, :n], b[:, :n]) for a, b, n in zip(outputs, reference, steps, strict=True) if n > 0]
+    return compare({"features": [a for a, _ in pairs]}, {"features": [b for _, b in pairs]}) if pairs else None
+
+
+def reach_of_levels(config: ConvTransformerConfig) -> list[int]:
+    """How many features after its own a step of each level depends on, where all attention is in windows."""
+    halves = [window // 2 for window in config.window_sizes]
+    reach = config.arch[0] * (config.n_embd_ks // 2) + config.arch[1] * (1 + halves[0])
+    reaches = [reach]
+    for stride, half in zip(config.strides[1:], halves[1:], strict=True):
+        finer = stride // config.scale_factor
+        reach += finer * (config.scale_factor // 2) + stride * half
+        reaches.append(reach)
+    return reaches
 
 
 def eager_fits(case: Case) -> bool:
@@ -515,19 +558,21 @@ def count_pairs(length: int, window: int, is_causal: bool) -> int:
     return length + one_side * (1 if is_causal else 2)
 
 
-def memory_of(case: Case) -> dict[str, float] | None:
-    """Peak memory of a case in this (fresh) process, see `harness.peak_memory`."""
-    prepare_torch(case.threads, case.tf32)
-    runner = Runner(case)
-    if case.compile == "off":
-        tiny = padding_multiple(case.config) * -(-32 // padding_multiple(case.config))
-        warm = Runner(dataclasses.replace(case, length=tiny)) if tiny < case.length else None
-        if warm is not None:
-            warm()  # loads libraries
-        del warm
-    else:
+def peak_of(runner: Runner) -> dict[str, float] | None:
+    """Peak memory of one call in this (fresh) process, see `harness.peak_memory`."""
+    case = runner.case
+    if case.compile != "off":
         runner(), runner()
+    else:
+        tiny = padding_multiple(case.config) * -(-32 // padding_multiple(case.config))
+        Runner(dataclasses.replace(case, length=min(tiny, case.length)))()  # loads libraries
     return harness.peak_memory(runner, case.device)
+
+
+def memory_of(case: Case) -> dict[str, float] | None:
+    """`peak_of` a case; for a process of its own."""
+    prepare_torch(case.threads, case.tf32)
+    return peak_of(Runner(case))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -569,10 +614,7 @@ def measure(cases: list[Case], args: argparse.Namespace) -> tuple[list[dict], di
     A row for each case, and the machine's limits. Each case is built, called (and compiled) and checked first; those
     that can run are then timed in turn.
     """
-    limits = {}
-    if args.limits:
-        used = {"bfloat16" if case.dtype == "autocast" else case.dtype for case in cases}
-        limits = harness.measure_limits([dtype for dtype in DTYPES if dtype in used], args.device)
+    limits = measure_used_limits(cases, args)
     references = References(cases)
     rows, runners = [], {}
     for case in cases:
@@ -588,13 +630,27 @@ def measure(cases: list[Case], args: argparse.Namespace) -> tuple[list[dict], di
         if row["name"] not in timings:
             continue
         row.update(timings[row["name"]]._asdict())
-        row["gflop"] = 1e-9 * count_flops(case)
-        rate = limits.get(f"{'bfloat16' if case.dtype == 'autocast' else case.dtype} FLOP/s")
-        if rate:
-            row["matmul_share"] = 1e9 * row["gflop"] / (1e-3 * row["median_ms"] * rate)
+        add_work(row, case, limits)
         if isinstance(row.get("peak_mb"), float) and isinstance(first.get("peak_mb"), float):
             row["memory_share"] = row["peak_mb"] / first["peak_mb"]
     return rows, limits
+
+
+def measure_used_limits(cases: list[Case], args: argparse.Namespace) -> dict[str, float]:
+    """`harness.measure_limits` of the dtypes that these cases compute in; nothing under --no-limits."""
+    used = {computing_dtype(case) for case in cases}
+    return harness.measure_limits([dtype for dtype in DTYPES if dtype in used], args.device) if args.limits else {}
+
+
+def computing_dtype(case: Case) -> str:
+    return "bfloat16" if case.dtype == "autocast" else case.dtype
+
+
+def add_work(row: dict, case: Case, limits: dict[str, float]):
+    """The FLOPs of a timed row, and its share of what the machine can do."""
+    row["gflop"] = 1e-9 * count_flops(case)
+    if rate := limits.get(f"{computing_dtype(case)} FLOP/s"):
+        row["matmul_share"] = 1e9 * row["gflop"] / (1e-3 * row["median_ms"] * rate)
 
 
 def _prepare(case: Case, row: dict, references: References, with_memory: bool) -> Runner:
@@ -614,15 +670,26 @@ def _prepare(case: Case, row: dict, references: References, with_memory: bool) -
         memory = harness.peak_memory(runner, case.device, held) if is_gpu else harness.in_child(memory_of, case)
         row["peak_mb"] = harness.NOT_AVAILABLE if memory is None else memory["peak"]
     row["against"], reference = references.find(case)
-    if case.is_v1 and case.dtype == "float32":
-        row["against"] = "is the reference"
-    elif reference is None:
+    if reference is None:
         row["against"] = "not checked"
+    elif case.is_v1 and case.dtype == "float32":
+        row["against"] = "is the reference"
+        outputs = reference
     else:
-        row["errors"] = compare(runner.check(), reference)
-        row["error"] = max(error["absolute"] for error in row["errors"].values())
-        row["relative_error"] = max(error["relative"] for error in row["errors"].values())
+        outputs = runner.check()
+        row.update(error_fields(compare(outputs, reference)))
+    if case.is_training and reference is not None:
+        row["loss"] = outputs["loss"][0].item()
     return runner
+
+
+def error_fields(errors: dict[str, dict]) -> dict[str, Any]:
+    """What a row says of its errors: all of them, and the largest."""
+    return {
+        "errors": errors,
+        "error": max(error["absolute"] for error in errors.values()),
+        "relative_error": max(error["relative"] for error in errors.values()),
+    }
 
 
 def describe_problem(error: Exception) -> str:

@@ -230,6 +230,9 @@ def in_child(function: Callable, *args) -> Any:
 
 
 def _work(sender, function: Callable, args: tuple):
+    with contextlib.suppress(OSError):
+        # Where memory runs out, this process is the one to end, not another of the user's.
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     try:
         sender.send((None, function(*args)))
     except Exception as error:
@@ -317,7 +320,6 @@ def write_json(path: Path | None, machine: dict, args: argparse.Namespace, rows:
     if path is None:
         return
     content = {"command": " ".join(sys.argv), "machine": machine, "arguments": vars(args), **more, "rows": rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -369,7 +371,6 @@ def plot_bars(path: Path | None, rows: list[dict], key: str, label: str, title: 
     axes.invert_yaxis()
     axes.set(xlabel=label, title=title)
     axes.margins(x=0.12)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
@@ -404,8 +405,7 @@ def run_command(main: Callable[[argparse.Namespace], None], parser: argparse.Arg
             raise BenchmarkError(f"--repeats is {args.repeats}; expected at least 1.")
         if args.threads is not None and args.threads < 1:
             raise BenchmarkError(f"--threads is {args.threads}; expected at least 1.")
-        if getattr(args, "plot", None):
-            import_pyplot()  # before the work, not after it
+        check_outputs(args)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         allocator = getattr(args, "allocator", "default")
@@ -416,6 +416,22 @@ def run_command(main: Callable[[argparse.Namespace], None], parser: argparse.Arg
             _start_again(arguments, args, name, {} if name == "default" else TUNED_ALLOCATOR)
     except BenchmarkError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def check_outputs(args: argparse.Namespace):
+    """Refuses, before the work instead of after it, files that could not be written."""
+    for option in ("json", "plot"):
+        path = getattr(args, option, None)
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BenchmarkError(f"--{option} {path}: its folder cannot be made ({error.strerror}).") from None
+        if path.is_dir():
+            raise BenchmarkError(f"--{option} {path} is a folder; expected the name of a file.")
+    if getattr(args, "plot", None):
+        import_pyplot()
 
 
 def _start_again(arguments: list[str], args: argparse.Namespace, name: str, variables: dict[str, str]):
