@@ -67,7 +67,7 @@ def _importable(path: Path, **stand_ins: types.ModuleType):
                 sys.modules[name] = module
 
 
-def build_model(path: Path, config: ConvTransformerConfig, length: int) -> nn.Module:
+def build_model(path: str | Path, config: ConvTransformerConfig, length: int) -> nn.Module:
     """
     v1's own detector with the settings of `config`, its weights as torch's generator gives them.
 
@@ -171,7 +171,7 @@ def training_loss(model: nn.Module, features: torch.Tensor, mask: torch.Tensor, 
     return model.losses(masks, logits, offsets, *targets)["final_loss"]
 
 
-def import_nms(path: Path):
+def import_nms(path: str | Path):
     """
     v1's `batched_nms`, which needs its compiled extension.
 
@@ -190,7 +190,7 @@ def import_nms(path: Path):
     return _load_utility(path, "nms").batched_nms
 
 
-def import_evaluation(path: Path):
+def import_evaluation(path: str | Path):
     """
     v1's `ANETdetection`.
 
