@@ -1,5 +1,6 @@
 # make demo   train on real smartwatch recordings, evaluate on people the model never saw, draw what it found
 # make test   lint and run all tests
+# make bench  time and memory of the model, NMS and evaluation, in about two minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,6 +16,8 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 bench: $(VENV)/.test
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/scaling.py --lengths 1024 4096 16384 --windows 19 --repeats 3
 	$(BIN)/python benchmarks/nms.py
 	$(BIN)/python benchmarks/map.py
 

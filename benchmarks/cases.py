@@ -45,11 +45,14 @@ COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune")
 def find_config(name: str, fields: dict[str, Any]) -> ConvTransformerConfig:
     """
     The settings `name`, with `fields` replaced: "balanced" (every default), "v1_compatible" (v1's own defaults), a YAML
-    file, or one of ours (configuration/*.yaml) by its name or the unique start of it ("thumos14").
+    file, or one of ours (configuration/*.yaml) by its name or the unique start of it ("thumos14"). Fields of its own may
+    follow: "balanced,n_kv_head=2".
 
     Raises:
         BenchmarkError: there are no such settings, or they contradict one another.
     """
+    name, *own = name.split(",")
+    fields = {**fields, **parse_assignments(own)}
     try:
         if name in VARIANTS:
             return ConvTransformerConfig(**{**VARIANTS[name], **fields})
@@ -63,18 +66,23 @@ def find_config(name: str, fields: dict[str, Any]) -> ConvTransformerConfig:
         raise BenchmarkError(f"{name}: {first_line(error)}") from None
 
 
-def parse_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """What --set, --n-in and --n-embd say."""
+def parse_assignments(texts: list[str]) -> dict[str, Any]:
+    """Fields of the config from "FIELD=VALUE", values as in YAML."""
     known = {field for field in ConvTransformerConfig.__dataclass_fields__ if not field.startswith("_")}
     known |= set(ConvTransformerConfig.attribute_map) | {"num_labels"}
     fields = {}
-    for text in args.set:
+    for text in texts:
         field, is_there, value = text.partition("=")
         if not is_there or field not in known:
-            raise BenchmarkError(f"--set {text}: expected FIELD=VALUE with a field of ConvTransformerConfig.")
+            raise BenchmarkError(f"{text}: expected FIELD=VALUE with a field of ConvTransformerConfig.")
         fields[field] = yaml.safe_load(value)
+    return fields
+
+
+def parse_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """What --set, --n-in and --n-embd say."""
     given = {"n_in": args.n_in, "n_embd": args.n_embd}
-    return {**fields, **{field: value for field, value in given.items() if value is not None}}
+    return {**parse_assignments(args.set), **{field: value for field, value in given.items() if value is not None}}
 
 
 def add_arguments(
@@ -89,7 +97,8 @@ def add_arguments(
         default=variants,
         metavar="NAME",
         help="settings: balanced (every default), v1_compatible (v1's own defaults), a file of configuration/ by name "
-        f"or start of it, or the path of a YAML file (default: {' '.join(variants)})",
+        "or start of it, or the path of a YAML file; with fields of its own, balanced,n_kv_head=2 "
+        f"(default: {' '.join(variants)})",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the config, for all variants"
@@ -205,14 +214,20 @@ class Case:
 
 
 def make_cases(
-    args: argparse.Namespace, variants: list[tuple], length: int, is_training: bool = False, may_pad: bool = False
+    args: argparse.Namespace,
+    variants: list[tuple],
+    fields: dict[str, Any],
+    length: int,
+    is_training: bool = False,
+    may_pad: bool = False,
 ) -> list[Case]:
     """
     One case for each variant in each dtype, backend and compile mode; with --v1, v1's own code first, in the settings of
-    the first variant that v1 has.
+    the first variant that v1 has, or v1's own defaults.
 
     Args:
         variants: (name, config), or (name, config, backend) for one that is not run in all of `args.backends`.
+        fields: of the config, that all variants share.
         may_pad: v1's code may pad the input to a length that it can run on.
     """
     shared = {
@@ -228,22 +243,24 @@ def make_cases(
     cases = [
         Case(name, config, dtype=dtype, backend=backend, compile=mode, **shared)
         for name, config, *only in variants
-        for dtype in args.dtype
-        for backend in only or args.backends
-        for mode in args.compile
+        for dtype in dict.fromkeys(args.dtype)
+        for backend in only or dict.fromkeys(args.backends)
+        for mode in dict.fromkeys(args.compile)
     ]
     if args.v1 is None:
         return cases
     like_v1 = next((config for _, config, *_ in variants if not official.beyond_v1(config)), None)
     if like_v1 is None:
-        like_v1 = find_config("v1_compatible", parse_fields(args))
+        like_v1 = find_config("v1_compatible", fields)
     multiple = padding_multiple(like_v1)
     if length % multiple and not may_pad:
         raise BenchmarkError(
             f"v1 pads {length} steps to a multiple of {multiple} here, so its times and outputs would be those of another "
             f"length; --length {-(-length // multiple) * multiple} would work."
         )
-    official_cases = [Case("v1's code", like_v1, dtype=dtype, is_v1=True, **shared) for dtype in args.v1_dtype]
+    official_cases = [
+        Case("v1's code", like_v1, dtype=dtype, is_v1=True, **shared) for dtype in dict.fromkeys(args.v1_dtype)
+    ]
     return [*official_cases, *cases]
 
 
@@ -617,13 +634,19 @@ def measure(cases: list[Case], args: argparse.Namespace) -> tuple[list[dict], di
     limits = measure_used_limits(cases, args)
     references = References(cases)
     rows, runners = [], {}
+    is_late = False
     for case in cases:
         row = case.row()
         rows.append(row)
         try:
-            runners[case.name] = _prepare(case, row, references, args.memory)
+            if not is_late:
+                runners[case.name] = _prepare(case, row, references, args.memory)
         except Exception as error:
             row["problem"] = describe_problem(error)
+        except harness.OutOfTime:
+            is_late = True
+        if is_late:
+            row["problem"] = "left out: no time left"
     timings = harness.time_alternating(runners, args.repeats, 1, args.device) if runners else {}
     first = next((row for row in rows if row["name"] in timings), {})
     for case, row in zip(cases, rows, strict=True):

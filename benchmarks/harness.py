@@ -49,6 +49,10 @@ class BenchmarkError(Exception):
     """Bad input, said in one sentence for the person who gave it."""
 
 
+class OutOfTime(BaseException):
+    """The process was asked to end (SIGTERM, of `timeout` say): what is done is still worth a table."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its type where there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -410,12 +414,28 @@ def run_command(main: Callable[[argparse.Namespace], None], parser: argparse.Arg
             torch.set_num_threads(args.threads)
         allocator = getattr(args, "allocator", "default")
         if allocator == "default":
-            main(args)
+            _run_until_stopped(main, args)
             return
         for name in ("default", "tuned") if allocator == "both" else ("tuned",):
             _start_again(arguments, args, name, {} if name == "default" else TUNED_ALLOCATOR)
     except BenchmarkError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    except OutOfTime:
+        parser.exit(2, f"{parser.prog}: stopped before there was a result.\n")
+
+
+def _run_until_stopped(main: Callable[[argparse.Namespace], None], args: argparse.Namespace):
+    """Runs `main`, in which the first SIGTERM raises `OutOfTime`; the second one ends the process."""
+
+    def stop(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        main(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_outputs(args: argparse.Namespace):

@@ -32,9 +32,8 @@ ABLATION = {
 }
 
 
-def choose_variants(args: argparse.Namespace) -> list[tuple]:
+def choose_variants(args: argparse.Namespace, fields: dict) -> list[tuple]:
     """(name, config), or (name, config, backend) of each part of the ablation."""
-    fields = cases.parse_fields(args)
     if not args.ablation:
         return [(name, cases.find_config(name, fields)) for name in dict.fromkeys(args.variants)]
     return [
@@ -46,7 +45,8 @@ def choose_variants(args: argparse.Namespace) -> list[tuple]:
 def run(args: argparse.Namespace):
     cases.check_arguments(args)
     machine = harness.describe_machine(args.device)
-    todo = cases.make_cases(args, choose_variants(args), args.length)
+    fields = cases.parse_fields(args)
+    todo = cases.make_cases(args, choose_variants(args, fields), fields, args.length)
     print(harness.machine_line(machine), flush=True)
     rows, limits = cases.measure(todo, args)
     if limits:

@@ -64,20 +64,19 @@ def measure_alone(case: cases.Case, repeats: int, check_length: int, with_memory
 
 def make_cases(args: argparse.Namespace) -> list[tuple[int, cases.Case]]:
     """(window, case) of every row, the shortest first, v1's before ours."""
-    fields = cases.parse_fields(args)
     todo = []
     for length in sorted(set(args.lengths)):
         for window in dict.fromkeys(args.windows):
             is_global = window <= 1
             if is_global and length > args.global_max_length:
                 continue
-            variants = [
-                (name, cases.find_config(name, {**fields, "mha_win_size": -1 if is_global else window}))
-                for name in dict.fromkeys(args.variants)
-            ]
-            official = cases.make_cases(args, variants, length, may_pad=True)
+            fields = {**cases.parse_fields(args), "mha_win_size": -1 if is_global else window}
+            variants = [(name, cases.find_config(name, fields)) for name in dict.fromkeys(args.variants)]
+            too_long_for_v1 = is_global and length > args.v1_max_length
             todo += [
-                (window, case) for case in official if not case.is_v1 or not is_global or length <= args.v1_max_length
+                (window, case)
+                for case in cases.make_cases(args, variants, fields, length, may_pad=True)
+                if not (case.is_v1 and too_long_for_v1)
             ]
     return todo
 
@@ -120,8 +119,12 @@ def run(args: argparse.Namespace):
             cases.add_work(row, case, limits)
         except RuntimeError as error:
             row["problem"] = str(error)
+        except harness.OutOfTime:
+            row["problem"] = "left out, and all after it: no time left"
         add_ratios(rows)
         harness.write_json(args.json, machine, args, rows, limits=limits)  # what is done is not lost
+        if row.get("problem", "").startswith("left out"):
+            break
     if limits:
         print(harness.limits_line(limits))
     print(f"One forward, backbone, batch {args.batch}; median of {args.repeats}\n")

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace):
     machine = harness.describe_machine(args.device)
     fields = cases.parse_fields(args)
     variants = [(name, cases.find_config(name, fields)) for name in dict.fromkeys(args.variants)]
-    todo = cases.make_cases(args, variants, args.length, is_training=True)
+    todo = cases.make_cases(args, variants, fields, args.length, is_training=True)
     print(harness.machine_line(machine), flush=True)
     rows, limits = cases.measure(todo, args)
     for row in rows:
