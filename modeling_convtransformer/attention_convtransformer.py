@@ -1,21 +1,62 @@
-"""Attention over time: global or inside a window, with or without padding, under `eager` and `sdpa`.
+"""Attention over time under every backend of transformers' attention interface: global or inside a window, with or
+without padding, causal or not, with fewer key heads than query heads, with a learned relative bias.
 
 A window is its full, odd width: step i sees the steps j with |i - j| <= window // 2 (as in ActionFormer's release,
 v1), or, where attention is causal, those with i - window // 2 <= j <= i. A width of 1 or less is global attention.
 
-Masks are made once for each level of the pyramid by `make_attention_mask` and shared by all blocks of that level.
-`eager` builds the (time, time) scores: it is the plain definition that tests compare with, and the only backend that
-returns attention weights. `sdpa` never does: global attention needs at most a mask over keys, and windows are folded
-into blocks with their neighbourhood (`WindowFold`), which costs O(time * window) in time and memory.
+Masks are made once for each level of the pyramid by `make_attention_mask` and shared by all blocks of that level; no
+padding and no window is no mask at all, so that the fastest kernels stay eligible.
+
+    backend                     mask                                  window                          cost of a window
+    eager                       additive, (time, time)                in the mask                     time * time
+    sdpa (and functions that    bool, over keys; or inside blocks     folded into blocks with their   time * window
+      users register)                                                 neighbourhood (`WindowFold`)
+    flex_attention              BlockMask                             in the mask, block by block     time * window
+    flash_attention_2, _3, ...  (batch, time), 1 = valid              the kernel's own                time * window
+
+`eager` is the plain definition that tests compare with, and the only backend that returns attention weights. Flash
+kernels add nothing to the scores, so they cannot have a relative bias: `check_attention_backend` says so at load.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import is_torch_flex_attn_available
+from transformers.utils.generic import is_flash_attention_requested
+
+if is_torch_flex_attn_available():
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
 # Queries in one block of folded attention, at the least. A block of `size` queries reads `size + window - 1` keys:
 # larger blocks waste more products outside the band, smaller ones copy each key more often.
 _MIN_BLOCK = 32
+
+# The size of flex_attention's blocks; its kernels want this one.
+_FLEX_BLOCK = 128
+
+# Added to the scores of padded keys where a kernel's own causal mask leaves no place for another: exp(-1e3) is 0, and float16 can hold it.
+_PADDED_SCORE = -1e3
+
+
+def check_attention_backend(implementation: str, config) -> None:
+    """
+    Raises:
+        ValueError: the backend cannot compute the attention that this config describes; the message names one that can.
+    """
+    if not is_flash_attention_requested(requested_attention_implementation=implementation):
+        return
+    advice = 'Load it with attn_implementation="sdpa" (or "flex_attention", "eager").'
+    if config.use_rel_pe and any(window > 1 for window in config.window_sizes):
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot add the learned relative bias of this model (use_rel_pe=True "
+            f"with mha_win_size={config.mha_win_size!r}): flash kernels take no bias. {advice}"
+        )
+    if config.n_embd // config.n_head > 256:
+        raise ValueError(
+            f"attn_implementation={implementation!r} takes heads of at most 256 channels; this model has n_embd / n_head = "
+            f"{config.n_embd} / {config.n_head} = {config.n_embd // config.n_head}. {advice}"
+        )
 
 
 def make_attention_mask(
@@ -26,12 +67,12 @@ def make_attention_mask(
     is_causal: bool,
     dtype: torch.dtype,
     device: torch.device,
-) -> torch.Tensor | None:
+) -> "torch.Tensor | BlockMask | None":
     """
     The mask of one pyramid level, in the form that `attend` needs under this backend; `None` where nothing is masked.
 
     Args:
-        implementation: `"eager"` or `"sdpa"`.
+        implementation: name of the backend, as in `attn_implementation`.
         valid: (batch, time) bool, True = valid; `None` = no padding.
         length: number of steps of the level.
         window: full width of the window in steps; 1 or less = global.
@@ -40,37 +81,75 @@ def make_attention_mask(
         device: of the mask.
 
     Returns:
-        eager: (batch or 1, 1, time, time), 0 or the dtype's lowest value. sdpa: bool, True = may be seen; global
-        (batch, 1, 1, time), or (batch, 1, time, time) if causal and padded; windowed (batch or 1, blocks, 1, size,
-        size + window - 1). A query that may see nothing sees everything, so that its (unused) output stays finite.
+        eager: (batch or 1, 1, time, time), 0 or the dtype's lowest value. sdpa: bool, True = may be seen; global (batch,
+        1, 1, time), windowed (batch or 1, blocks, 1, size, size + window - 1). flex: a `BlockMask`. flash: `valid`. A
+        query that may see nothing sees itself or everything, so that its (unused) output stays finite.
     """
-    window = window if 1 < window < 2 * length - 1 else 0
-    if valid is None and not window and (not is_causal or implementation == "sdpa"):
-        return None  # sdpa has a causal kernel of its own
-    if implementation == "sdpa" and window:
-        fold = WindowFold(length, window)
-        mask = fold.band(is_causal, device)
-        inside = (
-            fold.fold_keys(valid) if valid is not None else fold.fold_keys(torch.ones(1, length, device=device).bool())
-        )
-        mask = mask & inside[:, :, None, None, :]
-    elif implementation == "sdpa" and not is_causal:
-        mask = valid[:, None, None, :]
-    else:
-        steps = torch.arange(length, device=device)
-        offsets = steps[None, :] - steps[:, None]  # key minus query
-        mask = torch.ones(length, length, dtype=torch.bool, device=device)
-        if window:
-            mask = offsets.abs() <= window // 2
-        if is_causal:
-            mask = mask & (offsets <= 0)
-        mask = mask[None, None]
-        if valid is not None:
-            mask = mask & valid[:, None, None, :]
+    if is_flash_attention_requested(requested_attention_implementation=implementation):
+        return valid
+    has_window = 1 < window < 2 * length - 1
+    half = window // 2 if has_window else length
+    if implementation == "flex_attention":
+        if valid is None and not has_window and not is_causal:
+            return None
+        return make_block_mask(valid, length, half, 0 if is_causal else half, device)
+    if implementation != "eager":
+        if has_window:
+            fold = WindowFold(length, window)
+            inside = torch.ones(1, length, dtype=torch.bool, device=device) if valid is None else valid
+            mask = fold.band(is_causal, device) & fold.fold_keys(inside)[:, :, None, None, :]
+            return mask | ~mask.any(dim=-1, keepdim=True)
+        if valid is None:
+            return None  # it has a causal kernel of its own
+        if not is_causal or window <= 1:
+            return (valid | ~valid.any(dim=-1, keepdim=True))[:, None, None, :]
+    elif valid is None and not has_window and not is_causal:
+        return None
+
+    offsets = torch.arange(length, device=device)
+    offsets = offsets[None, :] - offsets[:, None]  # key minus query
+    mask = ((offsets >= -half) & (offsets <= (0 if is_causal else half)))[None, None]
+    if valid is not None:
+        mask = mask & valid[:, None, None, :]
     mask = mask | ~mask.any(dim=-1, keepdim=True)
     if implementation == "eager":
         return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)
     return mask
+
+
+def make_block_mask(
+    valid: torch.Tensor | None, length: int, left: int, right: int, device: torch.device
+) -> "BlockMask":
+    """
+    flex_attention's mask of the keys from `left` before to `right` after each query, without the (time, time) matrix that
+    `create_block_mask` would look at: which blocks are empty or full follows from their places.
+    """
+    blocks = -(-length // _FLEX_BLOCK)
+    index = torch.arange(blocks, device=device)
+    offset = (index[None, :] - index[:, None])[None] * _FLEX_BLOCK  # of a block of keys from a block of queries
+    reach = _FLEX_BLOCK - 1
+    some = (offset - reach <= right) & (offset + reach >= -left)
+    every = (offset + reach <= right) & (offset - reach >= -left)
+    inside = torch.ones(1, length, dtype=torch.bool, device=device) if valid is None else valid
+    inside = F.pad(inside, (0, blocks * _FLEX_BLOCK - length)).unflatten(1, (blocks, _FLEX_BLOCK))
+    some = some & (inside.any(-1)[:, None, :] | (offset == 0))
+    every = every & inside.all(-1)[:, None, :]
+    partial = some & ~every
+
+    def within(batch, head, query, key):
+        seen = (key - query <= right) & (query - key <= left)
+        if valid is not None:
+            seen = seen & valid[batch, key]
+        return seen | (query == key)  # a padded query sees itself
+
+    def listed(chosen):
+        # Chosen blocks first, in order; (batch, 1, blocks of queries, blocks of keys).
+        order = chosen.int().argsort(dim=-1, descending=True, stable=True)
+        return chosen.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(partial), *listed(every), BLOCK_SIZE=_FLEX_BLOCK, mask_mod=within, seq_lengths=(length, length)
+    )
 
 
 def attend(
@@ -79,15 +158,16 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: "torch.Tensor | BlockMask | None",
     relative_bias: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Calls a function of transformers' attention interface, folding windows for a backend that has none of its own.
+    Calls a function of transformers' attention interface, with what it lacks around it: windows and causal padding
+    under sdpa, a relative bias.
 
     Args:
-        module: the attention module; its `window` and `is_causal` say what the mask was made for.
+        module: the attention module; its `config`, `window` and `is_causal` say what the mask was made for.
         interface: the attention function.
         query: (batch, heads, time, channels of a head); key and value alike, with as many or fewer heads.
         attention_mask: from `make_attention_mask`.
@@ -96,44 +176,107 @@ def attend(
     Returns:
         (batch, time, heads, channels of a head), and the weights (batch, heads, time, time) under eager, else `None`.
     """
-    length = query.shape[2]
-    fold = None
+    implementation = module.config._attn_implementation
+    if implementation == "flex_attention":
+        return flex_attend(module, query, key, value, attention_mask, relative_bias, **kwargs), None
+    if is_flash_attention_requested(requested_attention_implementation=implementation):
+        # Flash counts the steps on one side, with the query itself.
+        window = module.window // 2 + 1 if module.window > 1 else None
+        return interface(module, query, key, value, attention_mask, sliding_window=window, **kwargs)
+
     if attention_mask is not None and attention_mask.dim() == 5:
-        fold = WindowFold(length, module.window)
-        query, key, value = (
-            fold.fold_queries(query),
-            fold.fold_keys(key.transpose(1, 2)),
-            fold.fold_keys(value.transpose(1, 2)),
-        )
-        batch, blocks = query.shape[:2]
-        attention_mask = attention_mask.expand(batch, -1, -1, -1, -1).flatten(0, 1)
-        query, key, value = (x.flatten(0, 1).transpose(1, 2) for x in (query, key, value))
+        return attend_in_blocks(module, interface, query, key, value, attention_mask, relative_bias, **kwargs)
     if relative_bias is not None:
-        if attention_mask is None and module.is_causal:
-            # A mask takes the place of the backend's own causal kernel.
-            attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
-        attention_mask = add_relative_bias(attention_mask, relative_bias, query, key, folded=fold is not None)
+        attention_mask = add_relative_bias(attention_mask, relative_bias, query, key, module.is_causal)
+    elif (
+        implementation != "eager" and module.is_causal and attention_mask is not None and attention_mask.shape[2] == 1
+    ):
+        # A mask over keys would need a row for each query to be causal too. One more channel, 1 in every query and the
+        # score of padding in its key, leaves the kernel's own causal mask in place.
+        width, scale = query.shape[-1], kwargs["scaling"]
+        score = torch.where(attention_mask, 0.0, _PADDED_SCORE / scale).to(key.dtype).transpose(2, 3)
+        extra = 8  # kernels like widths that are multiples of 8
+        query = torch.cat((query, query.new_ones(1).expand(*query.shape[:3], 1)), dim=-1)
+        key = torch.cat((key, score.expand(*key.shape[:3], 1)), dim=-1)
+        query, key = F.pad(query, (0, extra - 1)), F.pad(key, (0, extra - 1))
+        output, weights = interface(module, query, key, F.pad(value, (0, extra)), None, **kwargs)
+        return output[..., :width], weights
+    return interface(module, query, key, value, attention_mask, **kwargs)
+
+
+def attend_in_blocks(module, interface, query, key, value, attention_mask, relative_bias, **kwargs):
+    """Windows for a backend that has none: blocks of queries, each with the keys around it, are one large batch."""
+    batch, _, length, _ = query.shape
+    fold = WindowFold(length, module.window)
+    query = fold.fold_queries(query.transpose(1, 2))
+    key, value = fold.fold_keys(key.transpose(1, 2)), fold.fold_keys(value.transpose(1, 2))
+    query, key, value = (x.flatten(0, 1).transpose(1, 2) for x in (query, key, value))
+    attention_mask = attention_mask.expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    if relative_bias is not None:
+        # The first key of a block stands half a window before its first query.
+        attention_mask = add_relative_bias(attention_mask, relative_bias, query, key, first_key=-fold.half)
     output, weights = interface(module, query, key, value, attention_mask, **kwargs)
-    if fold is not None:
-        output = output.reshape(batch, blocks * fold.size, *output.shape[2:])[:, :length]
-    return output, weights
+    return output.reshape(batch, fold.blocks * fold.size, *output.shape[2:])[:, :length], weights
 
 
 def add_relative_bias(
-    mask: torch.Tensor | None, table: torch.Tensor, query: torch.Tensor, key: torch.Tensor, folded: bool
+    mask: torch.Tensor | None,
+    table: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    is_causal: bool = False,
+    first_key: int = 0,
 ) -> torch.Tensor:
-    """An additive mask with a learned bias (`table`, (heads, window)) for each head and offset inside the window."""
+    """
+    An additive mask with a learned bias (`table`, (heads, window)) for each head and offset inside the window. Without
+    a mask, `is_causal` makes one, because a mask takes the place of a backend's own causal kernel.
+    """
     half = table.shape[-1] // 2
     rows = torch.arange(query.shape[2], device=query.device)
-    columns = torch.arange(key.shape[2], device=query.device)
-    # In a fold, the first key of a block stands half a window before its first query.
-    offsets = columns[None, :] - rows[:, None] - (half if folded else 0)
+    columns = torch.arange(key.shape[2], device=query.device) + first_key
+    offsets = columns[None, :] - rows[:, None]
     bias = table[:, (offsets + half).clamp(0, 2 * half)].to(query.dtype)[None]
     if mask is None:
-        return bias
+        if not is_causal:
+            return bias
+        mask = (offsets <= 0)[None, None]
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, torch.finfo(query.dtype).min)
     return mask + bias
+
+
+def flex_attend(module, query, key, value, block_mask, relative_bias, scaling: float, dropout: float = 0.0, **kwargs):
+    """
+    torch's flex_attention, which transformers' function of that name calls too, but for the relative bias. On a GPU it
+    is compiled. On the CPU it runs as its definition, with the (time, time) scores: the compiler's CPU kernels fail on
+    some lengths (PyTorch 2.13), and sdpa is faster there.
+
+    Raises:
+        ValueError: there is dropout on the attention weights, which flex_attention does not have.
+    """
+    if dropout > 0:
+        raise ValueError(
+            f"flex_attention has no dropout on attention weights, and this model trains with attn_pdrop={dropout}. "
+            f'Set attn_pdrop=0 (proj_pdrop and path_pdrop stay), or load it with attn_implementation="sdpa".'
+        )
+    groups = module.num_key_value_groups
+    if groups & (groups - 1):  # grouped kernels want a power of two
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+    score_mod = None
+    if relative_bias is not None:
+        half = relative_bias.shape[-1] // 2
+
+        def score_mod(score, batch, head, query, key):
+            return score + relative_bias[head, (key - query + half).clamp(0, 2 * half)]
+
+    options = {"score_mod": score_mod, "block_mask": block_mask, "scale": scaling}
+    options["enable_gqa"] = key.shape[1] < query.shape[1]
+    if query.device.type == "cpu":
+        output = flex_attention(query, key, value, **options)
+    else:
+        output = compile_friendly_flex_attention(query, key, value, training=module.training, **options)
+    return output.transpose(1, 2)
 
 
 class WindowFold:
@@ -144,21 +287,25 @@ class WindowFold:
     """
 
     def __init__(self, length: int, window: int):
-        self.length = length
         self.half = window // 2
         self.size = max(_MIN_BLOCK, 2 * self.half)
         self.blocks = -(-length // self.size)
         self.filled = self.blocks * self.size - length
 
     def fold_queries(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, heads, time, channels) to (batch, blocks, size, heads, channels)."""
-        x = F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, self.filled))
+        """(batch, time, ...) to (batch, blocks, size, ...)."""
+        # Padding by nothing would copy; but a compiled graph that looked would serve either kind of length, not both.
+        if torch.compiler.is_compiling() or self.filled:
+            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, self.filled))
         return x.unflatten(1, (self.blocks, self.size))
 
     def fold_keys(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, time, ...) to (batch, blocks, size + 2 * half, ...), with what each block's windows reach."""
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (self.half, self.half + self.filled))
-        return x.unfold(1, self.size + 2 * self.half, self.size).movedim(-1, 2)
+        """(batch, time, ...) to (batch, blocks, half + size + half, ...), with what each block's windows reach."""
+        x = self.fold_queries(x)
+        beyond = x.new_zeros(len(x), 1, self.half, *x.shape[3:])
+        before = torch.cat((beyond, x[:, :-1, self.size - self.half :]), dim=1)
+        after = torch.cat((x[:, 1:, : self.half], beyond), dim=1)
+        return torch.cat((before, x, after), dim=2)
 
     def band(self, is_causal: bool, device: torch.device) -> torch.Tensor:
         """(1, 1, 1, size, size + 2 * half) bool: the keys of a block that lie inside each query's window."""

@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_convtransformer import attend, eager_attention_forward, make_attention_mask
+from .attention_convtransformer import attend, check_attention_backend, eager_attention_forward, make_attention_mask
 from .configuration_convtransformer import ConvTransformerConfig
 from .loss_convtransformer import ConvTransformerLoss, KeepsDtype
 
@@ -122,8 +122,13 @@ class MaskedConv1d(nn.Conv1d):
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         if self.mask_input:
             x = zero_padding(x, padding)
-        x = F.pad(x.transpose(1, 2), (self.look_back, 0))
-        return zero_padding(super().forward(x).transpose(1, 2), subsample(padding, self.stride[0]))
+        if self.look_back:
+            x = F.pad(x, (0, 0, self.look_back, 0))
+        # (batch, time, channels) in memory is a two-dimensional convolution's channels-last layout for images of
+        # height 1: nothing is copied, whereas a one-dimensional convolution turns its input and output around.
+        image, kernel = x.transpose(1, 2).unsqueeze(2), self.weight.unsqueeze(2)
+        image = F.conv2d(image, kernel, self.bias, (1, self.stride[0]), (0, self.padding[0]), groups=self.groups)
+        return zero_padding(image.squeeze(2).transpose(1, 2), subsample(padding, self.stride[0]))
 
 
 class MaskedMaxPool1d(nn.Module):
@@ -135,16 +140,20 @@ class MaskedMaxPool1d(nn.Module):
     def __init__(self, config, stride):
         super().__init__()
         self.stride = stride
-        self.reach = (stride, 0) if config.is_causal else (stride // 2, stride // 2)
+        self.look_back = stride if config.is_causal else 0
+        self.reach = 0 if config.is_causal else stride // 2
         self.mask_input = config.mask_conv_inputs
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         if self.mask_input and padding is not None:
             x = x.masked_fill(padding, -torch.inf)
-        x = F.pad(x.transpose(1, 2), self.reach, value=-torch.inf)
-        # Two-dimensional, because the one-dimensional kernel makes torch.compile specialise on the length.
-        x = F.max_pool2d(x.unsqueeze(2), (1, self.stride + 1), (1, self.stride)).squeeze(2)
-        return zero_padding(x.transpose(1, 2), subsample(padding, self.stride))
+        if self.look_back:
+            x = F.pad(x, (0, 0, self.look_back, 0), value=-torch.inf)
+        # An image of height 1 in channels-last layout, as in MaskedConv1d. (The one-dimensional kernel would also make
+        # torch.compile specialise on the length.)
+        image = x.transpose(1, 2).unsqueeze(2)
+        image = F.max_pool2d(image, (1, self.stride + 1), (1, self.stride), (0, self.reach))
+        return zero_padding(image.squeeze(2).transpose(1, 2), subsample(padding, self.stride))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -201,16 +210,24 @@ class AffineDropPath(nn.Module):
         self.rate = rate
         self.scale = nn.Parameter(torch.full((width,), 1e-4))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x * self.scale
-        if not self.training:
-            return x
-        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.rate)
-        return x * keep / (1 - self.rate)
+    def forward(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The skip path `residual` plus the branch `x`, both (batch, time, channels)."""
+        scale = self.scale
+        if self.training:
+            keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.rate)
+            scale = scale * keep / (1 - self.rate)
+        return torch.addcmul(residual, x, scale)
+
+
+class Add(nn.Module):
+    """A residual sum without drop path."""
+
+    def forward(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return residual + x
 
 
 def make_drop_path(config) -> nn.Module:
-    return AffineDropPath(config.n_embd, config.path_pdrop) if config.path_pdrop > 0 else Identity()
+    return AffineDropPath(config.n_embd, config.path_pdrop) if config.path_pdrop > 0 else Add()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,9 +274,13 @@ class ConvTransformerRotaryEmbedding(KeepsDtype):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns (batch, heads, time, channels) by the angles whose cosines and sines are (1, time, channels)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    """
+    Turns (batch, heads, time, channels) by the angles whose cosines and sines are (1, time, channels): channels i and
+    i + half of a head are one pair of coordinates.
+    """
+    half = x.shape[-1] // 2
+    sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)  # small: one for all samples and heads
+    return torch.addcmul(x * cos[:, None], x.roll(half, dims=-1), sin[:, None])
 
 
 def sinusoidal_positions(length: int, width: int, device: torch.device) -> torch.Tensor:
@@ -331,7 +352,7 @@ class SwigluMLP(nn.Module):
         self.dropout = nn.Dropout(config.proj_pdrop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.dropout(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        x = self.dropout(F.silu(self.gate_proj(x)).mul_(self.up_proj(x)))
         return self.dropout(self.down_proj(x))
 
 
@@ -452,9 +473,9 @@ class ConvTransformerBlock(GradientCheckpointingLayer):
             self.ln1(hidden_states, padding), padding, out_padding, attention_mask, rotary, **kwargs
         )
         skipped = zero_padding(self.pool_skip(hidden_states, padding), out_padding)
-        hidden_states = skipped + self.drop_path_attn(attended)
+        hidden_states = self.drop_path_attn(skipped, attended)
         update = zero_padding(self.mlp(self.ln2(hidden_states, out_padding)), out_padding)
-        return hidden_states + self.drop_path_mlp(update)
+        return self.drop_path_mlp(hidden_states, update)
 
 
 class ConvBlock(GradientCheckpointingLayer):
@@ -522,6 +543,8 @@ class ConvTransformerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ConvTransformerBlock", "ConvBlock"]
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
@@ -535,6 +558,12 @@ class ConvTransformerPreTrainedModel(PreTrainedModel):
         # Fields that `from_pretrained(folder, field=...)` replaced were not looked at together yet.
         config.validate_architecture()
         super().__init__(config, *args, **kwargs)
+
+    def _check_and_adjust_attn_implementation(self, *args, **kwargs) -> str:
+        """transformers asks this at load and in `set_attn_implementation`; see `check_attention_backend`."""
+        implementation = super()._check_and_adjust_attn_implementation(*args, **kwargs)
+        check_attention_backend(implementation, self.config)
+        return implementation
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -482,9 +482,9 @@ def test_drop_path():
     assert torch.equal(drop.scale, torch.full((5,), 1e-4))
     with torch.no_grad():
         drop.scale.copy_(torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0]))
-    x = torch.randn(20_000, 2, 5)
-    torch.testing.assert_close(drop.eval()(x), x * drop.scale)  # no scale of the rate at inference
-    output = drop.train()(torch.ones(20_000, 2, 5)).detach()
+    skipped, x = torch.randn(20_000, 2, 5), torch.randn(20_000, 2, 5)
+    torch.testing.assert_close(drop.eval()(skipped, x), skipped + x * drop.scale)  # no scale of the rate at inference
+    output = drop.train()(torch.zeros(20_000, 2, 5), torch.ones(20_000, 2, 5)).detach()
     kept = output[:, 0, 0] != 0
     # whole samples, scaled such that the mean stays: 0.75 +- 4 standard errors of 0.003
     assert kept.float().mean().item() == pytest.approx(0.75, abs=0.0125)
