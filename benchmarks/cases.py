@@ -46,12 +46,12 @@ def find_config(name: str, fields: dict[str, Any]) -> ConvTransformerConfig:
     """
     The settings `name`, with `fields` replaced: "balanced" (every default), "v1_compatible" (v1's own defaults), a YAML
     file, or one of ours (configuration/*.yaml) by its name or the unique start of it ("thumos14"). Fields of its own may
-    follow: "balanced,n_kv_head=2".
+    follow, and a label go before it: "GQA:balanced,n_kv_head=2".
 
     Raises:
         BenchmarkError: there are no such settings, or they contradict one another.
     """
-    name, *own = name.split(",")
+    name, *own = name.rpartition(":")[2].split(",")
     fields = {**fields, **parse_assignments(own)}
     try:
         if name in VARIANTS:
@@ -64,6 +64,17 @@ def find_config(name: str, fields: dict[str, Any]) -> ConvTransformerConfig:
         raise BenchmarkError(str(error)) from None
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise BenchmarkError(f"{name}: {first_line(error)}") from None
+
+
+def find_variants(args: argparse.Namespace, fields: dict[str, Any]) -> list[tuple[str, ConvTransformerConfig]]:
+    """Label and config of each of --variants."""
+    variants = {}
+    for name in dict.fromkeys(args.variants):
+        label = name.partition(":")[0]
+        if label in variants:
+            raise BenchmarkError(f"--variants has {label} twice; expected different labels.")
+        variants[label] = find_config(name, fields)
+    return list(variants.items())
 
 
 def parse_assignments(texts: list[str]) -> dict[str, Any]:
@@ -97,7 +108,7 @@ def add_arguments(
         default=variants,
         metavar="NAME",
         help="settings: balanced (every default), v1_compatible (v1's own defaults), a file of configuration/ by name "
-        "or start of it, or the path of a YAML file; with fields of its own, balanced,n_kv_head=2 "
+        "or start of it, or the path of a YAML file; with fields of its own and a label, GQA:balanced,n_kv_head=2 "
         f"(default: {' '.join(variants)})",
     )
     parser.add_argument(
@@ -191,7 +202,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.variant}, {self.dtype}, {self.backend}, compile {self.compile}"
+        compiled = "" if self.compile == "off" else f", compile {self.compile}"
+        return f"{self.variant}, {self.dtype}, {self.backend}{compiled}"
 
     @property
     def has_v1_weights(self) -> bool:
@@ -335,8 +347,10 @@ class Runner:
                 assert not unexpected, unexpected
                 assert set(missing) <= {"criterion.loss_normalizer"}, missing
         dtype = torch.float32 if case.dtype == "autocast" else getattr(torch, case.dtype)
-        detector.to(case.device, dtype).train(case.is_training)
-
+        detector.train(case.is_training).to(case.device)
+        for name, module in detector.named_children():
+            if name != "point_generator":  # v1's positions stay whole numbers
+                module.to(dtype)
         features = (make_features(case) if features is None else features).to(case.device, dtype)
         if case.is_v1:
             # As its preprocessing does: it runs on multiples of stride times window only.
@@ -352,6 +366,9 @@ class Runner:
             self.function = torch.compile(
                 self.function, mode=None if case.compile == "default" else case.compile, dynamic=False
             )
+        # CUDA graphs keep the memory of their calls in pools of their own.
+        has_graphs = torch.device(case.device).type == "cuda" and case.compile in ("reduce-overhead", "max-autotune")
+        self.held = harness.reserved_memory(case.device) if has_graphs else None
 
     def _make_function(self) -> Callable:
         detector = self.detector
@@ -477,7 +494,10 @@ class References:
         if key not in self.outputs:
             changes = {"dtype": "float32", "backend": "eager", "compile": "off", "is_v1": kind == "v1"}
             reference = dataclasses.replace(case, **changes)
-            self.outputs[key] = Runner(reference).check_exactly() if eager_fits(reference) else None
+            self.outputs[key] = None
+            if eager_fits(reference):
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    self.outputs[key] = Runner(reference).check_exactly()
         return kind, self.outputs[key]
 
 
@@ -575,21 +595,31 @@ def count_pairs(length: int, window: int, is_causal: bool) -> int:
     return length + one_side * (1 if is_causal else 2)
 
 
-def peak_of(runner: Runner) -> dict[str, float] | None:
-    """Peak memory of one call in this (fresh) process, see `harness.peak_memory`."""
+def warm_up(runner: Runner):
+    """What the first calls in a process do once: loading libraries, compiling."""
     case = runner.case
     if case.compile != "off":
-        runner(), runner()
-    else:
-        tiny = padding_multiple(case.config) * -(-32 // padding_multiple(case.config))
-        Runner(dataclasses.replace(case, length=min(tiny, case.length)))()  # loads libraries
-    return harness.peak_memory(runner, case.device)
+        for _ in range(3):  # CUDA graphs are recorded in the second call
+            runner()
+        return
+    tiny = padding_multiple(case.config) * -(-32 // padding_multiple(case.config))
+    Runner(dataclasses.replace(case, length=min(tiny, case.length)))()
+
+
+def peak_of(runner: Runner) -> dict[str, float] | None:
+    """Peak memory of one call, see `harness.peak_memory`; of CUDA graphs what their pools hold."""
+    if runner.held is None:
+        return harness.peak_memory(runner, runner.case.device)
+    total = harness.reserved_memory(runner.case.device)
+    return {"peak": total - runner.held, "total": total}
 
 
 def memory_of(case: Case) -> dict[str, float] | None:
     """`peak_of` a case; for a process of its own."""
     prepare_torch(case.threads, case.tf32)
-    return peak_of(Runner(case))
+    runner = Runner(case)
+    warm_up(runner)
+    return peak_of(runner)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -680,17 +710,14 @@ def _prepare(case: Case, row: dict, references: References, with_memory: bool) -
     """Builds a case, and fills in what is known of it before it is timed."""
     is_gpu = torch.device(case.device).type == "cuda"
     runner = Runner(case)
-    # A compiled function may hold memory between calls: what counts as held is what was there before its first call.
-    held = torch.cuda.memory_allocated(case.device) if is_gpu and case.compile != "off" else None
     start = time.perf_counter()
     runner()
     harness.synchronise(case.device)
     if case.compile != "off":
         row["compile_s"] = time.perf_counter() - start
-        for _ in range(3):  # CUDA graphs are recorded in the second call
-            runner()
+        warm_up(runner)
     if with_memory:
-        memory = harness.peak_memory(runner, case.device, held) if is_gpu else harness.in_child(memory_of, case)
+        memory = peak_of(runner) if is_gpu else harness.in_child(memory_of, case)
         row["peak_mb"] = harness.NOT_AVAILABLE if memory is None else memory["peak"]
     row["against"], reference = references.find(case)
     if reference is None:

@@ -23,7 +23,7 @@ cd "$ROOT" || exit 1
 export PYTHONPATH="$ROOT:$ROOT/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
 
 THUMOS=$((LENGTH * 9 / 8)) # 2304, the length of THUMOS14's training
-V2=thumos14,use_rope=true,use_swiglu=true,use_rms_norm=true,mask_conv_inputs=true
+V2=thumos14_v2:thumos14,use_rope=true,use_swiglu=true,use_rms_norm=true,mask_conv_inputs=true
 FAILED=()
 
 # step NAME SECONDS COMMAND...: what it prints goes to OUT_DIR/NAME.txt too.
@@ -56,7 +56,7 @@ bench() {
 }
 
 # The first rows that a reader looks for come first; compiling takes longest.
-bench latency 60 latency --length "$LENGTH" --variants balanced v1_compatible balanced,n_kv_head=1 \
+bench latency 60 latency --length "$LENGTH" --variants balanced v1_compatible MQA:balanced,n_kv_head=1 GQA:balanced,n_kv_head=2 \
     --dtype float32 bfloat16 --backends sdpa eager --v1-dtype float32 bfloat16
 bench detector 60 latency --model detector --batch 1 --length "$THUMOS" --variants thumos14 "$V2" \
     --dtype float32 bfloat16 --backends sdpa eager

@@ -161,30 +161,26 @@ def time_alternating(
 # Memory
 
 
-def peak_memory(function: Callable, device: str, allocated: int | None = None) -> dict[str, float] | None:
+def peak_memory(function: Callable, device: str) -> dict[str, float] | None:
     """
     Peak of one call of `function`, in MB: `peak` beyond what was held before, and `total`.
 
     GPU: what torch's allocator hands out (`total`: what it reserves). CPU: resident memory of this process, which is
     honest only in a fresh process (`in_child`), where no earlier variant left freed memory behind.
 
-    Args:
-        allocated: GPU only, what counts as held before; default: what is allocated now. Give what was allocated before
-            the first call of a compiled function, which may keep memory between calls.
-
     Returns:
         `None` where this system has no such counter.
     """
+    gc.collect()
     if torch.device(device).type == "cuda":
         synchronise(device)
-        before = torch.cuda.memory_allocated(device) if allocated is None else allocated
+        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         result = function()
         synchronise(device)
         peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         del result
         return {"peak": (peak - before) / 2**20, "total": total / 2**20}
-    gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what libraries freed while they were loaded would hide part of the peak
     try:
@@ -196,6 +192,14 @@ def peak_memory(function: Callable, device: str, allocated: int | None = None) -
     peak = _resident("VmHWM")
     del result
     return {"peak": (peak - before) / 2**10, "total": peak / 2**10}
+
+
+def reserved_memory(device: str) -> float:
+    """MB that torch's allocator on the GPU cannot give back: tensors, and the pools of CUDA graphs."""
+    gc.collect()
+    synchronise(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device) / 2**20
 
 
 def _resident(field: str) -> int:
@@ -369,7 +373,8 @@ def plot_bars(path: Path | None, rows: list[dict], key: str, label: str, title: 
     if path is None or not rows:
         return
     pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.35 * len(rows)), layout="constrained")
+    widest = max(len(str(row["name"])) for row in rows)
+    figure, axes = pyplot.subplots(figsize=(6 + 0.09 * widest, 1.2 + 0.35 * len(rows)), layout="constrained")
     bars = axes.barh([str(row["name"]) for row in rows], [row[key] for row in rows])
     axes.bar_label(bars, fmt="%.3g", padding=3)
     axes.invert_yaxis()
@@ -425,10 +430,10 @@ def run_command(main: Callable[[argparse.Namespace], None], parser: argparse.Arg
 
 
 def _run_until_stopped(main: Callable[[argparse.Namespace], None], args: argparse.Namespace):
-    """Runs `main`, in which the first SIGTERM raises `OutOfTime`; the second one ends the process."""
+    """Runs `main`, in which the first SIGTERM raises `OutOfTime`; others are ignored, as `timeout` sends two at once."""
 
     def stop(number, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise OutOfTime
 
     before = signal.signal(signal.SIGTERM, stop)

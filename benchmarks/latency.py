@@ -35,7 +35,7 @@ ABLATION = {
 def choose_variants(args: argparse.Namespace, fields: dict) -> list[tuple]:
     """(name, config), or (name, config, backend) of each part of the ablation."""
     if not args.ablation:
-        return [(name, cases.find_config(name, fields)) for name in dict.fromkeys(args.variants)]
+        return cases.find_variants(args, fields)
     return [
         (name, cases.find_config("v1_compatible", {**fields, **changes}), backend)
         for name, (changes, backend) in ABLATION.items()

@@ -47,8 +47,8 @@ def measure_alone(case: cases.Case, repeats: int, check_length: int, with_memory
     runner = cases.Runner(case)
     row = {}
     if case.compile != "off":
-        warm = harness.time_alternating({"": runner}, 1, 0, case.device)[""]
-        row["compile_s"] = 1e-3 * warm.median_ms
+        row["compile_s"] = 1e-3 * harness.time_alternating({"": runner}, 1, 0, case.device)[""].median_ms
+    cases.warm_up(runner)
     if with_memory:
         memory = cases.peak_of(runner)
         row["peak_mb"], row["total_mb"] = memory.values() if memory else [harness.NOT_AVAILABLE] * 2
@@ -71,7 +71,7 @@ def make_cases(args: argparse.Namespace) -> list[tuple[int, cases.Case]]:
             if is_global and length > args.global_max_length:
                 continue
             fields = {**cases.parse_fields(args), "mha_win_size": -1 if is_global else window}
-            variants = [(name, cases.find_config(name, fields)) for name in dict.fromkeys(args.variants)]
+            variants = cases.find_variants(args, fields)
             too_long_for_v1 = is_global and length > args.v1_max_length
             todo += [
                 (window, case)
@@ -146,13 +146,13 @@ def plot(path: Path | None, groups: dict[tuple, list[dict]]):
     for axis, key, label in zip(axes, ("median_ms", "peak_mb"), ("ms", "peak memory, MB"), strict=True):
         for (window, name), rows in groups.items():
             points = [(row["length"], row[key]) for row in rows if isinstance(row.get(key), float)]
-            if points:
+            if points:  # memory may not be measured
                 label_of_line = f"{name}, {'global' if window == 'global' else f'window {window}'}"
                 axis.plot(*zip(*points, strict=True), marker="o", label=label_of_line)
         axis.set(xscale="log", yscale="log", xlabel="time steps", ylabel=label)
         axis.grid(alpha=0.3)
-    if axes[0].lines:
-        axes[0].legend(fontsize="small")
+        if axis.lines:
+            axis.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

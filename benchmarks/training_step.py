@@ -28,7 +28,7 @@ def run(args: argparse.Namespace):
     cases.check_arguments(args)
     machine = harness.describe_machine(args.device)
     fields = cases.parse_fields(args)
-    variants = [(name, cases.find_config(name, fields)) for name in dict.fromkeys(args.variants)]
+    variants = cases.find_variants(args, fields)
     todo = cases.make_cases(args, variants, fields, args.length, is_training=True)
     print(harness.machine_line(machine), flush=True)
     rows, limits = cases.measure(todo, args)
