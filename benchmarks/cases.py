@@ -283,7 +283,7 @@ def make_features(case: Case) -> torch.Tensor:
 
 
 def make_labels(case: Case) -> list[dict[str, torch.Tensor]]:
-    """Ten segments a sample, from 8 steps to an eighth of the length (or a step, where it is shorter), of any class."""
+    """Ten segments a sample of random classes, from 8 steps (at most a sixteenth of the length) to an eighth of it."""
     generator = torch.Generator().manual_seed(2)
     shortest, longest = min(8.0, case.length / 16), case.length / 8
     labels = []
@@ -559,33 +559,33 @@ def eager_fits(case: Case) -> bool:
 def count_flops(case: Case) -> float:
     """
     Floating point operations of matrix products and convolutions that these settings need, whatever code runs them: two
-    for a multiplication with its addition, and of attention only what lies inside windows. Training counts the backward
-    pass too (but not the loss).
+    for a multiplication with its addition, and of attention only what lies inside windows. In training three times as
+    many, because a product has two gradients, but for that of the features (and without the loss).
     """
     config = copy.deepcopy(case.config)
     config._attn_implementation = "eager"  # plain products, which the counter knows on every device
     config.use_rope = False  # no product, and torch.autocast in it knows no meta device
-    with torch.device("meta"):
-        detector = ConvTransformerForTemporalActionLocalization(config).train(case.is_training)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        detector = ConvTransformerForTemporalActionLocalization(config)
         features = torch.empty(case.batch, case.length, sum(config.stream_widths))
-    with torch.set_grad_enabled(case.is_training), FlopCounterMode(display=False) as counter:
-        if case.model == "backbone" and not case.is_training:
-            detector.model(features)
-        else:
-            outputs = detector(features)
-            if case.is_training:
-                (outputs.logits.sum() + outputs.pred_segments.sum()).backward()
-    if config.backbone_type == "conv":
-        return float(counter.get_total_flops())
-    lengths = [-(-case.length // stride) for stride in config.strides]
-    blocks = [config.arch[1]] + [1] * config.arch[2]
-    beyond = sum(
-        count * (length**2 - count_pairs(length, window, config.is_causal))
-        for count, length, window in zip(blocks, lengths, config.window_sizes, strict=True)
-    )
-    # Two products for each pair of steps; their gradients are two more for each.
-    products = 2 * (3 if case.is_training else 1)
-    return float(counter.get_total_flops() - 2 * products * case.batch * config.n_embd * beyond)
+        (detector.model if case.model == "backbone" else detector)(features)
+    flops = float(counter.get_total_flops())
+    if config.backbone_type == "convTransformer":
+        lengths = [-(-case.length // stride) for stride in config.strides]
+        blocks = [config.arch[1]] + [1] * config.arch[2]
+        unseen = sum(
+            count * (length**2 - count_pairs(length, window, config.is_causal))
+            for count, length, window in zip(blocks, lengths, config.window_sizes, strict=True)
+        )
+        flops -= 2 * 2 * case.batch * config.n_embd * unseen  # two products for each pair of steps
+    if not case.is_training:
+        return flops
+    # torch counts the gradient of a depthwise convolution as that of a dense one: not asked.
+    if config.projected_stream_widths is not None:
+        first = sum(a * b for a, b in zip(config.stream_widths, config.projected_stream_widths, strict=True))
+    else:
+        first = sum(config.stream_widths) * config.n_embd * config.n_embd_ks if config.arch[0] else 0
+    return 3 * flops - 2 * case.batch * case.length * first
 
 
 def count_pairs(length: int, window: int, is_causal: bool) -> int:

@@ -58,6 +58,7 @@ bench() {
 # The first rows that a reader looks for come first; compiling takes longest.
 bench latency 60 latency --length "$LENGTH" --variants balanced v1_compatible MQA:balanced,n_kv_head=1 GQA:balanced,n_kv_head=2 \
     --dtype float32 bfloat16 --backends sdpa eager --v1-dtype float32 bfloat16
+bench latency_no_tf32 40 latency --length "$LENGTH" --variants v1_compatible balanced --tf32 off
 bench detector 60 latency --model detector --batch 1 --length "$THUMOS" --variants thumos14 "$V2" \
     --dtype float32 bfloat16 --backends sdpa eager
 bench training_step 60 training_step --length "$THUMOS" --variants thumos14 "$V2" --dtype float32 bfloat16 autocast
