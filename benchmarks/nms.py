@@ -70,6 +70,7 @@ def make_cases() -> dict[str, dict]:
                 "sigma": 0.5,
                 "min_score": 0.001,
                 "max_segments": BEST,
+                "recordings": torch.zeros(count, dtype=torch.long),
             }
     return cases
 

@@ -368,6 +368,7 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
                 sigma=chosen["nms_sigma"],
                 min_score=chosen["min_score"],
                 max_segments=chosen["max_seg_num"],
+                recordings=sample,
             )
             kept_segments = segments[kept]
             if chosen["voting_thresh"] > 0 and not chosen["multiclass_nms"]:
@@ -456,6 +457,7 @@ def suppress(
     sigma: float,
     min_score: float,
     max_segments: int,
+    recordings: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Non-maximum suppression inside each group (a class of a recording, or a recording), all groups at once: again and
@@ -467,6 +469,8 @@ def suppress(
             `iou_threshold` on). Soft methods drop a segment whose score falls below `min_score`; hard NMS begins
             with the scores above `min_score`.
         max_segments: kept in each group.
+        recordings: (N,) integers. Where only the best `max_segments` of a whole recording are wanted, naming the
+            recording of each segment spares the work on others: groups end once no later choice can be among these.
 
     Returns:
         indices (M,) of the segments kept, by group and then from best to worst, and their new scores (M,).
@@ -495,21 +499,26 @@ def suppress(
     for part in parts:
         by_size.setdefault(len(part).bit_length(), []).append(part)
     kept, kept_scores = zip(
-        *(_suppress_rows(segments, scores, rows, decay, floor, max_segments) for rows in by_size.values()), strict=True
+        *(_suppress_rows(segments, scores, rows, decay, floor, max_segments, recordings) for rows in by_size.values()),
+        strict=True,
     )
     kept, kept_scores = torch.cat(kept), torch.cat(kept_scores)
     order = groups[kept].argsort(stable=True)
     return kept[order], kept_scores[order]
 
 
-def _suppress_rows(segments, scores, rows: list[torch.Tensor], decay, floor: float, max_segments: int):
+def _suppress_rows(segments, scores, rows: list[torch.Tensor], decay, floor: float, max_segments: int, recordings):
     """`suppress` for groups given as indices, side by side in the rows of a matrix, filled up with scores of -1."""
     index = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     current = nn.utils.rnn.pad_sequence([scores[row].float() for row in rows], batch_first=True, padding_value=-1.0)
     starts, ends = segments[:, 0].float()[index], segments[:, 1].float()[index]
-    turns = min(max_segments, index.shape[1])
+    turns = likely_turns = min(max_segments, index.shape[1])
+    owners = None
+    if recordings is not None:
+        _, owners = recordings[index[:, 0]].unique(return_inverse=True)
+        likely_turns = min(turns, 2 * max_segments * (int(owners.max()) + 1) // len(rows))
     decays = None
-    if index.shape[1] <= 2 * turns and index.shape[0] * index.shape[1] ** 2 <= _MAX_PAIRS:
+    if index.shape[1] <= 2 * likely_turns and index.shape[0] * index.shape[1] ** 2 <= _MAX_PAIRS:
         pairs = overlap((starts[:, :, None], ends[:, :, None]), (starts[:, None], ends[:, None]))
         decays = decay(pairs).flatten(0, 1)
     first = torch.arange(len(rows)) * index.shape[1]
@@ -519,6 +528,9 @@ def _suppress_rows(segments, scores, rows: list[torch.Tensor], decay, floor: flo
         best_scores, best = current.max(dim=1)
         # A score falls below the floor only by a decay: the first choice of a group always stands.
         if turn > 0 and bool((best_scores < floor).all()):
+            break
+        # (looking costs about as much as a turn)
+        if owners is not None and turn % 4 == 3 and _is_settled(pick_scores, best_scores, owners, floor, max_segments):
             break
         picks.append(best)
         pick_scores.append(best_scores)
@@ -535,6 +547,17 @@ def _suppress_rows(segments, scores, rows: list[torch.Tensor], decay, floor: flo
     keep[:, 0] = True
     keep &= pick_scores >= 0
     return index.gather(1, picks)[keep], pick_scores[keep]
+
+
+def _is_settled(pick_scores: list, best_scores: torch.Tensor, owners: torch.Tensor, floor: float, count: int) -> bool:
+    """
+    Whether nothing that is still to be chosen can be among the best `count` of its recording: the scores of a group's
+    choices only fall, so none of them passes the best one left.
+    """
+    left = torch.full((int(owners.max()) + 1,), -1.0).scatter_reduce(0, owners, best_scores, "amax")
+    better = (torch.stack(pick_scores, dim=1) > left[owners, None]).sum(dim=1)
+    better = torch.zeros(len(left), dtype=torch.long).index_add(0, owners, better)
+    return bool(((better >= count) | (left < floor)).all())
 
 
 def vote(kept: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor, settings: dict) -> torch.Tensor:

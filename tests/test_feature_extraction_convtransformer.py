@@ -855,6 +855,55 @@ def test_suppress_is_the_greedy_loop(candidates, chosen, pairs):
     assert kept_scores.tolist() == pytest.approx([score for _, score in expected], **DECAYED)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(1, 300),
+    classes=st.integers(1, 12),
+    limit=st.integers(1, 40),
+    method=st.sampled_from(["soft", "linear", "hard"]),
+    min_score=st.sampled_from([0.0, 0.001, 0.3]),
+)
+def test_groups_that_end_early_lose_none_of_the_best(seed, count, classes, limit, method, min_score):
+    """With `recordings`, the best of each recording are those of the whole loop over all groups, exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = 60 * torch.rand(count, generator=generator)
+    segments = torch.stack([starts, starts + 20 * torch.rand(count, generator=generator)], dim=1)
+    scores = torch.rand(count, generator=generator)
+    recordings = torch.randint(0, 3, (count,), generator=generator) * 5
+    groups = recordings * classes + torch.randint(0, classes, (count,), generator=generator)
+    chosen = {"method": method, "iou_threshold": 0.3, "sigma": 0.5, "min_score": min_score, "max_segments": limit}
+    all_kept, all_scores = suppress(segments, scores, groups, **chosen)
+    kept, kept_scores = suppress(segments, scores, groups, **chosen, recordings=recordings)
+    assert len(kept) <= len(all_kept)
+    for recording in recordings.unique():
+        expected, found = (
+            sorted(
+                (
+                    (score, index)
+                    for score, index in zip(some_scores.tolist(), some.tolist(), strict=True)
+                    if recordings[index] == recording
+                ),
+                reverse=True,
+            )[:limit]
+            for some_scores, some in ((all_scores, all_kept), (kept_scores, kept))
+        )
+        # Decays come one by one or from a table of all pairs, whichever is less work: the same to a few units of 1e-7.
+        assert [index for _, index in found] == [index for _, index in expected]
+        assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-5, abs=1e-7)
+
+
+def test_groups_end_early():
+    """Thirty groups of twenty segments that do not overlap: the best thirty of all are the first or second of a group."""
+    starts = torch.arange(600.0) * 10
+    segments, scores = torch.stack([starts, starts + 5], dim=1), torch.linspace(1, 0.1, 600)
+    options = {"method": "soft", "iou_threshold": 0.5, "sigma": 0.5, "min_score": 0.001, "max_segments": 30}
+    assert len(suppress(segments, scores, torch.arange(600) % 30, **options)[0]) == 600
+    kept, _ = suppress(segments, scores, torch.arange(600) % 30, **options, recordings=torch.zeros(600))
+    assert set(range(30)) <= set(kept.tolist())
+    assert len(kept) <= 5 * 30
+
+
 def test_suppress_by_hand():
     segments = torch.tensor([[0.0, 10.0], [5.0, 15.0], [20.0, 30.0], [0.0, 10.0]])
     scores = torch.tensor([0.8, 0.6, 0.5, 0.9])
