@@ -23,6 +23,8 @@ import yaml
 from harness import BenchmarkError, Column, first_line, first_sentence
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_convtransformer import ConvTransformerConfig, ConvTransformerForTemporalActionLocalization
@@ -595,6 +597,32 @@ def count_pairs(length: int, window: int, is_causal: bool) -> int:
     return length + one_side * (1 if is_causal else 2)
 
 
+class ByteCounter(TorchDispatchMode):
+    """Counts what the operators of a call read and write, each tensor once an operator; views move nothing."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        aliases = [result.alias_info for result in function._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        if not is_view and "empty" not in function.__name__:
+            tensors = [x for x in tree_leaves((args, kwargs, output)) if isinstance(x, torch.Tensor)]
+            # An expanded tensor is no larger than what it is expanded from.
+            sizes = [min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors]
+            self.total += sum(sizes)
+        return output
+
+
+def count_bytes(runner: Runner) -> int | None:
+    """What uncompiled operators read and write in one call: `ByteCounter`'s total. `None` for a compiled one."""
+    if runner.case.compile != "off":
+        return None
+    with ByteCounter() as counter:
+        runner()
+    return counter.total
+
+
 def warm_up(runner: Runner):
     """What the first calls in a process do once: loading libraries, compiling."""
     case = runner.case
@@ -639,6 +667,8 @@ COLUMNS = [
     Column("% of first", "memory_share", ".0%"),
     Column("GFLOP", "gflop", ".1f"),
     Column("% of matmul rate", "matmul_share", ".0%"),
+    Column("GB moved", "gbyte", ".1f"),
+    Column("% of copy rate", "copy_share", ".0%"),
 ]
 ERROR_COLUMNS = [
     Column("max error", "error", ".1e"),
@@ -700,10 +730,12 @@ def computing_dtype(case: Case) -> str:
 
 
 def add_work(row: dict, case: Case, limits: dict[str, float]):
-    """The FLOPs of a timed row, and its share of what the machine can do."""
+    """The FLOPs of a timed row, and its shares of what the machine can do: of matrix products and of copies."""
     row["gflop"] = 1e-9 * count_flops(case)
     if rate := limits.get(f"{computing_dtype(case)} FLOP/s"):
         row["matmul_share"] = 1e9 * row["gflop"] / (1e-3 * row["median_ms"] * rate)
+    if row.get("gbyte") is not None and (rate := limits.get("copy bytes/s")):
+        row["copy_share"] = 1e9 * row["gbyte"] / (1e-3 * row["median_ms"] * rate)
 
 
 def _prepare(case: Case, row: dict, references: References, with_memory: bool) -> Runner:
@@ -719,6 +751,8 @@ def _prepare(case: Case, row: dict, references: References, with_memory: bool) -
     if with_memory:
         memory = peak_of(runner) if is_gpu else harness.in_child(memory_of, case)
         row["peak_mb"] = harness.NOT_AVAILABLE if memory is None else memory["peak"]
+    if (moved := count_bytes(runner)) is not None:
+        row["gbyte"] = 1e-9 * moved
     row["against"], reference = references.find(case)
     if reference is None:
         row["against"] = "not checked"

@@ -255,6 +255,14 @@ def test_count_pairs(length, window, is_causal):
     assert cases.count_pairs(length, window, is_causal) == pairs
 
 
+def test_bytes_by_hand():
+    x, y = torch.ones(10, 4), torch.ones(4)
+    with cases.ByteCounter() as counter:
+        z = x.transpose(0, 1).contiguous() + 1.0  # a view, a copy (read and write 160 bytes) and a sum (the same)
+        z.add_(y.expand(10, 4).t())  # reads 160 and the 16 of y, writes 160
+    assert counter.total == 4 * 160 + 160 + 16 + 160
+
+
 def test_count_flops_is_what_eager_attention_computes():
     case = dataclasses.replace(make_case(), model="detector", batch=2)
     runner = cases.Runner(case)
