@@ -18,6 +18,7 @@ import argparse
 
 import cases
 import harness
+import torch
 from harness import BenchmarkError
 
 ABLATION = {
@@ -57,8 +58,22 @@ def run(args: argparse.Namespace):
     harness.plot_bars(
         args.plot, rows, "median_ms", "ms", f"One forward, {args.model}, batch {args.batch}, {args.length} steps"
     )
+    if args.profile:
+        profile([case for case, row in zip(todo, rows, strict=True) if "median_ms" in row])
     if not any("median_ms" in row for row in rows):
         raise BenchmarkError("none of the rows could run.")
+
+
+def profile(todo: list[cases.Case]):
+    """Prints which operators take the time of one forward of each case."""
+    for case in todo:
+        runner = cases.Runner(case)
+        cases.warm_up(runner)
+        runner()
+        with torch.profiler.profile() as profiler:
+            runner()
+        time = "self_cpu_time_total" if torch.device(case.device).type == "cpu" else "self_device_time_total"
+        print(f"\n{case.name}\n{profiler.key_averages().table(sort_by=time, row_limit=15, max_name_column_width=50)}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -68,6 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--ablation",
         action="store_true",
         help="instead of --variants and --backends: v1's settings, all of v2, and attention, norm and MLP one by one",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="then print the operators that take most of each row's time"
     )
     parser.add_argument("--plot", type=cases.Path, metavar="FILE.png", help="draw the times")
     harness.add_arguments(parser, repeats=7)

@@ -141,10 +141,10 @@ class MaskedConv1d(nn.Conv1d):
             x = F.pad(x, (0, 0, self.padding[0], self.padding[0]))
         batch, steps = len(x), x.shape[1] - self.kernel_size[0] + 1
         taps = [tap.expand(batch, -1, -1) for tap in self.weight.permute(2, 1, 0).contiguous()]
-        output = x.new_zeros(1) if self.bias is None else self.bias
-        for place, tap in enumerate(taps):
-            output = torch.baddbmm(output, x[:, place : place + steps], tap)
-        return output
+        output = torch.bmm(x[:, :steps], taps[0])
+        for place, tap in enumerate(taps[1:], start=1):  # in place, which autocast does not look after
+            output.baddbmm_(x[:, place : place + steps].to(output.dtype), tap.to(output.dtype))
+        return output if self.bias is None else output + self.bias
 
 
 class MaskedMaxPool1d(nn.Module):
