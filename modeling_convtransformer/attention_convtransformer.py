@@ -16,6 +16,8 @@ padding and no window is no mask at all, so that the fastest kernels stay eligib
 
 `eager` is the plain definition that tests compare with, and the only backend that returns attention weights. Flash
 kernels add nothing to the scores, so they cannot have a relative bias: `check_attention_backend` says so at load.
+They also close up padded steps before they count those of a window, so with them padding belongs at the ends of a
+recording, where every feature extractor puts it, and not in its middle.
 """
 
 import torch
