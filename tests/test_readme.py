@@ -59,6 +59,8 @@ def test_tree_names_existing_files():
     "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
 )
 def test_no_placeholder_is_left(path):
-    assert (
-        re.findall(r"\b[A-Z]+_[A-Z_]+\b(?!\.cff)", path.read_text(encoding="utf-8").replace("SBHAR_FOLDER", "")) == []
-    )
+    """Words like TO_DO are left from drafts, unless a command reads them: its arguments and environment variables."""
+    sources = [ROOT / "benchmarks" / "gpu.sh", ROOT / "benchmarks" / "harness.py"]
+    known = {"SBHAR_FOLDER"}.union(*(re.findall(r"\w+", source.read_text(encoding="utf-8")) for source in sources))
+    words = re.findall(r"\b[A-Z]+_[A-Z_]+\b(?!\.cff)", path.read_text(encoding="utf-8"))
+    assert [word for word in words if word not in known] == []
