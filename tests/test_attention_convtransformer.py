@@ -460,7 +460,8 @@ def elements_of(block_mask, length, numbers, indices, full_numbers, full_indices
 @pytest.mark.parametrize("padding", ["none", "right", "left", "holes", "blocks"])
 @pytest.mark.parametrize(
     ("length", "half"),
-    [(1, 3), (127, 4), (128, 127), (129, 1), (257, 63), (640, 1), (640, 128), (640, 200), (700, 255)],
+    # widths at which a block of 128 becomes full, and one less
+    [(1, 3), (127, 4), (257, 126), (128, 127), (129, 1), (257, 63), (640, 1), (640, 128), (640, 254), (700, 255)],
 )
 def test_block_masks_list_what_the_rule_says(length, half, padding, is_causal):
     _, _, _, valid, _ = random_case(length, 3, length, 1, 1, "none" if padding == "blocks" else padding, half, False)

@@ -40,16 +40,21 @@ BACKENDS = ["eager", "sdpa", "flex_attention", FLASH]
 DTYPES = [torch.float32, torch.bfloat16]
 
 # Largest error, as a part of the largest value. float32: sums of 300 products in another order are off by 1e-6, and
-# kernels may split factors into parts of 11 bits. bfloat16 has 8 bits: each of the weights, the output and what the
-# gradients are multiplied from is off by up to 1/256; inputs are rounded before both ways, so they add nothing.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+# kernels may split factors into parts of 11 bits. bfloat16 has 8 bits: scores of up to 8, weights, outputs and what
+# gradients are made of are each off by 1/512; inputs are rounded before both ways, so they add nothing.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 @pytest.fixture(autouse=True)
-def _float32_is_float32(monkeypatch):
+def _float32_is_float32():
     """No TF32, which has 11 bits, in convolutions and products."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    places = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = False
+    yield
+    for place, allowed in zip(places, before, strict=True):
+        place.allow_tf32 = allowed
 
 
 @pytest.fixture
@@ -61,10 +66,11 @@ def forgotten():
 
 
 @pytest.fixture
-def remembered(monkeypatch):
+def remembered():
     """Compiled functions of all tests, which share many of them."""
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    monkeypatch.setattr(torch._dynamo.config, limit, 100)
+    with torch._dynamo.config.patch({limit: 100}):
+        yield
 
 
 def skip_without_kernel(implementation, dtype, with_bias=False, holes=False):
@@ -79,10 +85,10 @@ def skip_without_kernel(implementation, dtype, with_bias=False, holes=False):
 
 
 def assert_near(output, expected, dtype, name="output"):
-    """Every value within the type's tolerance, which is a part of the largest."""
+    """Every value within the type's tolerance, which is a part of the largest (or of 1: a gradient may be all zero)."""
     output, expected = output.detach().double().cpu(), expected.detach().double().cpu()
     assert output.isfinite().all(), name
-    error, largest = (output - expected).abs().max().item(), expected.abs().max().item()
+    error, largest = (output - expected).abs().max().item(), max(expected.abs().max().item(), 1.0)
     assert error <= TOLERANCE[dtype] * largest, f"{name}: off by {error:.2e} of {largest:.2e}"
 
 
