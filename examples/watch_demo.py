@@ -33,16 +33,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def train(model, dataset, feature_extractor, recipe: dict, folder: Path):
     """v1's recipe in short: AdamW, linear warm-up, cosine decay, gradient clipping."""
-    steps_per_epoch = -(-len(dataset) // recipe["batch_size"])
+    steps_per_epoch = -(-len(dataset) // recipe["per_device_train_batch_size"])
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
-        num_train_epochs=recipe["epochs"],
-        per_device_train_batch_size=recipe["batch_size"],
+        num_train_epochs=recipe["num_train_epochs"],
+        per_device_train_batch_size=recipe["per_device_train_batch_size"],
         learning_rate=recipe["learning_rate"],
         weight_decay=recipe["weight_decay"],
         warmup_steps=recipe["warmup_epochs"] * steps_per_epoch,
         lr_scheduler_type="cosine",
-        max_grad_norm=recipe["clip_grad_l2norm"],
+        max_grad_norm=recipe["max_grad_norm"],
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         save_strategy="no",
@@ -82,7 +82,7 @@ def main():
 
     settings = yaml.safe_load(options.config.read_text(encoding="utf-8"))
     data, recipe = settings["data"], settings["training"]
-    recipe["epochs"] = options.epochs or recipe["epochs"]
+    recipe["num_train_epochs"] = options.epochs or recipe["num_train_epochs"]
     recipe["seed"] = recipe["seed"] if options.seed is None else options.seed
     set_seed(recipe["seed"])
     began = time.perf_counter()

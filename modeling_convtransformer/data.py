@@ -23,6 +23,8 @@ import json
 import math
 import os
 import random
+import tempfile
+import urllib.request
 import warnings
 import zipfile
 from collections import Counter, defaultdict
@@ -41,16 +43,23 @@ from torch.utils.data import Dataset
 from .evaluation import remove_duplicates
 
 __all__ = [
+    "SBHAR_FPS",
+    "SBHAR_LABELS",
     "WATCH_FPS",
     "WATCH_LABELS",
     "DataCollator",
+    "SensorAugmentation",
+    "SensorDataset",
     "TemporalActionDataset",
     "WatchDataset",
     "label_names",
     "load_annotations",
+    "load_sbhar",
     "load_watch_recordings",
     "resize_features",
     "splice_watch_session",
+    "suggest_config",
+    "to_hf_dataset",
     "truncate_features",
     "validate_annotations",
     "window_features",
@@ -770,6 +779,473 @@ class DataCollator:
         if self.return_metadata:
             batch |= {"video_ids": video_ids, "geometry": [item["geometry"] for item in items]}
         return batch
+
+
+# --- Arrow datasets -------------------------------------------------------------------------------------------------
+
+
+def to_hf_dataset(dataset: Dataset):
+    """A `datasets.Dataset` (Arrow) with the items of one of the datasets here: to save, share (`push_to_hub`) and stream.
+
+        to_hf_dataset(train_set).push_to_hub("me/my-recordings", split="train")
+        streamed = load_dataset("me/my-recordings", split="train", streaming=True).with_format("numpy")
+        names = streamed.features["class_labels"].feature.names
+
+    Its items, `with_format("numpy")`, are again what `DataCollator` takes. Class names travel in its schema. Store items
+    without augmentation (`training=False`).
+
+    Args:
+        dataset: has `id2label` and `feature_size`; items as those of `TemporalActionDataset`.
+
+    Raises:
+        ImportError: the package datasets is not installed.
+        ValueError: class ids without a name between others.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f'to_hf_dataset needs datasets: pip install "modeling-convtransformer[train]" ({error})'
+        ) from error
+    names = [dataset.id2label.get(index) for index in range(max(dataset.id2label, default=-1) + 1)]
+    if None in names:
+        raise ValueError(
+            f"The class id {names.index(None)} has no name in id2label; an Arrow schema needs all of them."
+        )
+    schema = datasets.Features(
+        {
+            "video_id": datasets.Value("string"),
+            "features": datasets.Array2D((None, dataset.feature_size), "float32"),
+            "segments": datasets.Array2D((None, 2), "float32"),
+            "class_labels": datasets.List(datasets.ClassLabel(names=names)),
+            "geometry": {
+                name: datasets.Value("float64") for name in ("fps", "feature_stride", "num_frames", "duration")
+            },
+        }
+    )
+    return datasets.Dataset.from_generator(_iterate, features=schema, gen_kwargs={"dataset": dataset})
+
+
+def _iterate(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    for index in range(len(dataset)):
+        yield dataset[index]
+
+
+# --- Choosing a pyramid ---------------------------------------------------------------------------------------------
+
+# A level should regress distances of no more than this many of its strides (the default ranges double from 4 on).
+_STRIDES_PER_LEVEL = 4
+
+
+def suggest_config(
+    annotations: Mapping | str | os.PathLike,
+    fps: float | None = None,
+    stride: float = 1,
+    *,
+    num_frames: float | None = None,
+    split: str | Sequence[str] | None = None,
+    embedding_and_stem: tuple[int, int] = (2, 2),
+) -> dict[str, Any]:
+    """Fields of a `ConvTransformerConfig` whose pyramid fits the lengths of the annotated segments, and a printed table of
+    which level learns how many of them.
+
+    There are as many levels as it takes for the longest segments (99 of 100) to reach no farther than four strides of the
+    coarsest level from their centre. Which point learns which segment is what `loss_convtransformer.assign_targets` says, at
+    the segments' true positions.
+
+    Args:
+        annotations: the content of an annotation file, or its path; see `load_annotations`.
+        fps: frames (or samples) per second; None: each entry's own.
+        stride: frames from one feature to the next.
+        num_frames: frames that one feature covers; None: the stride.
+        split: name or names of the subsets to look at; None: all.
+        embedding_and_stem: the first two numbers of `arch`.
+
+    Returns:
+        `{"arch", "regression_range", "max_len", "num_labels"}`, for `ConvTransformerConfig(**fields, n_in=...)`.
+
+    Raises:
+        ValueError: no segment to look at, or annotations that cannot be read; see `TemporalActionDataset`.
+    """
+    from .loss_convtransformer import assign_targets
+
+    if not isinstance(annotations, Mapping):
+        annotations = load_annotations(annotations)
+    _check_database(annotations, "annotations")
+    if not (_is_number(stride) and stride > 0):
+        raise ValueError(f"stride must be a number of frames > 0, but is {stride!r}.")
+    names = label_names(annotations)
+    label2id = {name: index for index, name in enumerate(names)}
+    num_frames = stride if num_frames is None else num_frames
+    videos = [
+        _read_entry(name, entry, [], fps, label2id, deduplicate=False)
+        for name, entry in _select_split(annotations["database"], split).items()
+    ]
+    grids = [(video.segments * video.fps - 0.5 * num_frames) / stride for video in videos]
+    lengths = np.concatenate([grid[:, 1] - grid[:, 0] for grid in grids]) if grids else np.zeros(0)
+    if not len(lengths):
+        raise ValueError("There is no annotated segment to look at: the split is empty, or the wrong one.")
+    reach = float(np.quantile(lengths, 0.99)) / 2
+    levels = 1 + max(1, math.ceil(math.log2(max(reach / _STRIDES_PER_LEVEL, 1))))
+    bounds = [0] + [_STRIDES_PER_LEVEL * 2**level for level in range(levels - 1)] + [10000]
+    ranges = [[bounds[level], bounds[level + 1]] for level in range(levels)]
+
+    learned = np.zeros((len(lengths), levels), dtype=np.int64)
+    first = 0
+    for video, grid in zip(videos, grids, strict=True):
+        if not len(grid):
+            continue
+        end = max(grid[:, 1].max(), 0.0)
+        if video.duration is not None:
+            end = max(video.duration * video.fps / stride, 1.0)
+        for level in range(levels):
+            points = torch.arange(0, math.ceil(end), 2**level, dtype=torch.float32)
+            candidates = assign_targets(
+                points,
+                torch.full_like(points, 2**level),
+                torch.tensor(ranges[level], dtype=torch.float32).expand(len(points), 2),
+                torch.as_tensor(grid, dtype=torch.float32)[None],
+                torch.zeros(1, len(grid), dtype=torch.long),
+                torch.ones(1, len(grid), dtype=torch.bool),
+                1,
+            )[2]
+            learned[first : first + len(grid), level] = candidates[0].sum(dim=0).numpy()
+        first += len(grid)
+
+    rates = {video.fps for video in videos}
+    second = f"{min(rates) / stride:.4g} features a second" if len(rates) == 1 else "several rates"
+    print(
+        f"{len(lengths)} segments of {len(names)} classes in {len(videos)} recordings, {second}\n"
+        f"length in features: shortest {lengths.min():.1f}, median {np.median(lengths):.1f}, "
+        f"99 of 100 below {2 * reach:.1f}, longest {lengths.max():.1f}\n\n"
+        f"{'level':>5}  {'stride':>6}  {'regression range':>16}  {'segments':>9}  {'points each':>11}"
+    )
+    for level in range(levels):
+        count = learned[:, level]
+        each = count[count > 0].mean() if (count > 0).any() else 0.0
+        share = (count > 0).mean()
+        print(f"{level:>5}  {2**level:>6}  {ranges[level]!s:>16}  {share:>9.1%}  {each:>11.1f}")
+    nothing = int((learned.sum(axis=1) == 0).sum())
+    print(f"\n{nothing} of {len(lengths)} segments teach nothing", end="")
+    short = int((lengths < 1).sum())
+    print(f"; {short} are shorter than one feature: use a smaller feature stride." if short else ".")
+
+    longest = max((video.duration or 0) * video.fps / stride for video in videos)
+    fields = {
+        "arch": [*embedding_and_stem, levels - 1],
+        "regression_range": ranges,
+        "max_len": int(min(max(64, 2 ** math.ceil(math.log2(max(longest, 1)))), 2304)),
+        "num_labels": len(names),
+    }
+    print("\nmodel:\n" + "".join(f"  {name}: {value}\n" for name, value in fields.items()))
+    return fields
+
+
+# --- Recordings of sensors ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SensorAugmentation:
+    """What `SensorDataset` does to a recording each time it is read for training, in this order; 0 or False: nothing.
+
+    Attributes:
+        speed: play it faster or slower by a factor of exp(-speed) to exp(speed).
+        rotation: turn every three channels (the axes of one sensor) by the same random rotation, whose vector has normal
+            components of this standard deviation, in radians: a device that is worn a little differently.
+        gain: multiply each channel by 1 - gain to 1 + gain.
+        noise: add normal noise of this standard deviation, in the channels' own units.
+        shift: start at a random sample within the first stride, so that windows are never cut at the same places.
+    """
+
+    speed: float = 0.0
+    rotation: float = 0.0
+    gain: float = 0.0
+    noise: float = 0.0
+    shift: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("speed", "rotation", "gain", "noise"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < math.inf or (name in ("speed", "gain") and value >= 1):
+                raise ValueError(
+                    f"{name} is {value!r}; expected a number, 0 or more{', below 1' * (name != 'noise')}."
+                )
+
+    def __call__(
+        self,
+        signal: np.ndarray,
+        segments: np.ndarray,
+        window: int,
+        stride: int,
+        fps: float,
+        rng: np.random.Generator,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The signal (n, channels) and its segments (N, 2, seconds) as training sees them this time."""
+        if self.speed:
+            factor = math.exp(rng.uniform(-self.speed, self.speed))
+            place = np.arange(0, len(signal) - 1, factor)
+            before = place.astype(np.int64)
+            share = (place - before).astype(np.float32)[:, None]
+            signal, segments = signal[before] * (1 - share) + signal[before + 1] * share, segments / factor
+        if self.rotation and signal.shape[1] % 3 == 0:
+            turned = signal.reshape(len(signal), -1, 3) @ _random_rotation(self.rotation, rng).T
+            signal = turned.reshape(signal.shape)
+        if self.gain:
+            signal = signal * rng.uniform(1 - self.gain, 1 + self.gain, signal.shape[1]).astype(np.float32)
+        if self.noise:
+            signal = signal + rng.normal(0, self.noise, signal.shape).astype(np.float32)
+        if self.shift:
+            start = int(rng.integers(max(1, min(stride, len(signal) - window))))
+            signal, segments = signal[start:], segments - start / fps
+        return signal, segments
+
+
+def _random_rotation(spread: float, rng: np.random.Generator) -> np.ndarray:
+    """(3, 3) float32, by the formula of Rodrigues: a rotation vector of three normal components (radians)."""
+    vector = rng.normal(0, spread, 3)
+    angle = np.linalg.norm(vector)
+    x, y, z = vector / angle
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return (np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross).astype(np.float32)
+
+
+class SensorDataset(_DrawsAnew, Dataset):
+    """Raw recordings of a sensor, cut into overlapping windows when they are read, with their annotated segments.
+
+    Items are those of `TemporalActionDataset`, with raw windows as features (`window_features`): fps is the sampling
+    rate, feature_stride the stride and num_frames the window. In training, recordings are augmented before they are
+    cut; a segment of which less than half is left at the ends is left out.
+
+    Args:
+        signals: {recording: (n, channels)}, all of the same number of channels; others than the annotated ones too.
+        annotations: the content of an annotation file, or its path; see `load_annotations`.
+        split: name or names of the subsets to take, in any case; None: all recordings.
+        window, stride: in samples.
+        fps: samples per second; None: each entry's own.
+        label2id: class name to id; None: the position in `label_names`.
+        training: augment.
+        augmentation: how; None: not at all.
+        seed: augment by (seed, epoch, index, number of accesses).
+
+    Attributes:
+        video_ids: in the order of the items.
+        label2id, id2label: class name to id and back.
+        feature_size: window * channels.
+
+    Raises:
+        KeyError: an annotated recording has no signal.
+        ValueError: an unknown split, no recordings, no fps, labels or segments that cannot be used, or signals that are
+            not (n, channels) or shorter than a window; the message names the recording.
+    """
+
+    def __init__(
+        self,
+        signals: Mapping[str, np.ndarray],
+        annotations: Mapping | str | os.PathLike,
+        split: str | Sequence[str] | None = None,
+        *,
+        window: int,
+        stride: int,
+        fps: float | None = None,
+        label2id: Mapping[str, int] | None = None,
+        training: bool = False,
+        augmentation: SensorAugmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.window, self.stride, self.seed = window, stride, seed
+        self.training, self.augmentation = training, augmentation
+        if not isinstance(annotations, Mapping):
+            annotations = load_annotations(annotations)
+        _check_database(annotations, "annotations")
+        if label2id is None:
+            label2id = {name: label_id for label_id, name in enumerate(label_names(annotations))}
+        self.label2id = dict(label2id)
+        self.id2label = {label_id: name for name, label_id in self.label2id.items()}
+        entries = _select_split(annotations["database"], split)
+        if not entries:
+            raise ValueError("There is no recording to read: the split is empty.")
+        if missing := [name for name in entries if name not in signals]:
+            raise KeyError(f"{len(missing)} of {len(entries)} annotated recordings have no signal: {missing[:5]} ...")
+        self._signals, self._videos = [], []
+        for name, entry in entries.items():
+            self._videos.append(_read_entry(name, entry, [], fps, self.label2id, deduplicate=False))
+            signal = np.asarray(signals[name], dtype=np.float32)
+            channels = (self._signals[0] if self._signals else signal).shape[-1]
+            if signal.ndim != 2 or signal.shape[1] != channels or len(signal) < window:
+                raise ValueError(
+                    f"{name}: the signal has shape {signal.shape}; expected (samples, {channels}) with at least one window "
+                    f"of {window} samples."
+                )
+            self._signals.append(signal)
+        self.video_ids = [video.video_id for video in self._videos]
+        self.feature_size = window * self._signals[0].shape[1]
+        super().__init__(len(self._videos))
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        video, signal = self._videos[index], self._signals[index]
+        segments, class_labels, duration = video.segments, video.class_labels, video.duration
+        if self.training and self.augmentation is not None:
+            rng = np.random.default_rng([self.seed, index, *self._next_draw(index)])
+            self._accesses[index] += 1
+            signal, segments = self.augmentation(signal, segments, self.window, self.stride, video.fps, rng)
+            duration = len(signal) / video.fps
+            segments, keep = _clip_segments(segments.astype(np.float32), 0.0, duration, 0.5)
+            segments, class_labels = segments[keep], class_labels[keep]
+        grid = (segments * video.fps - 0.5 * self.window) / self.stride
+        return {
+            "video_id": video.video_id,
+            "features": window_features(signal, self.window, self.stride),
+            "segments": grid.astype(np.float32),
+            "class_labels": class_labels,
+            "geometry": {
+                "fps": video.fps,
+                "feature_stride": self.stride,
+                "num_frames": self.window,
+                "duration": duration,
+            },
+        }
+
+    def ground_truth(self) -> dict[str, dict[str, np.ndarray]]:
+        """{recording: {"segments": (N, 2) seconds, "labels": (N,)}} of all recordings, not augmented."""
+        return {video.video_id: {"segments": video.segments, "labels": video.class_labels} for video in self._videos}
+
+
+# "Smartphone-Based Recognition of Human Activities and Postural Transitions" (Reyes-Ortiz et al., 2016).
+SBHAR_URL = (
+    "https://archive.ics.uci.edu/static/public/341/"
+    "smartphone+based+recognition+of+human+activities+and+postural+transitions.zip"
+)
+
+SBHAR_LABELS = [
+    "WALKING",
+    "WALKING_UPSTAIRS",
+    "WALKING_DOWNSTAIRS",
+    "SITTING",
+    "STANDING",
+    "LAYING",
+    "STAND_TO_SIT",
+    "SIT_TO_STAND",
+    "SIT_TO_LIE",
+    "LIE_TO_SIT",
+    "STAND_TO_LIE",
+    "LIE_TO_STAND",
+]
+
+SBHAR_FPS = 50  # samples per second
+
+# Who is in which subset.
+_SBHAR_SUBSETS = {"training": range(1, 15), "validation": range(15, 21), "testing": range(21, 31)}
+
+
+def load_sbhar(folder: str | os.PathLike, download: bool = False) -> tuple[dict[str, np.ndarray], dict]:
+    """SBHAR: people with a smartphone at the waist, 12 activities with true start and end, six of them short transitions
+    between postures.
+
+    Reyes-Ortiz et al., "Transition-Aware Human Activity Recognition Using Smartphones" (2016), the raw recordings of the
+    UCI archive (https://archive.ics.uci.edu/dataset/341): 61 untrimmed recordings of 30 people, about seven minutes each.
+    For research, not for commercial use; cite the paper.
+
+    Args:
+        folder: holds signals.npz and annotations.json as this function writes them, or the unpacked RawData folder of the
+            archive, or is where `download` puts it all.
+        download: fetch the archive (about 80 MB) if the folder has neither. What was read is written to signals.npz and
+            annotations.json, which are found the next time.
+
+    Returns:
+        {recording: (n, 6) float32 at 50 Hz, acceleration x, y, z in g and angular velocity x, y, z in rad/s} and the
+        annotations, as `SensorDataset` takes them. Subsets: "training" people 1 to 14, "validation" 15 to 20,
+        "testing" 21 to 30; each entry names its "person".
+
+    Raises:
+        FileNotFoundError: the folder has no recordings, and `download` is False.
+        OSError: the download failed.
+        ValueError: files that are not those of SBHAR.
+    """
+    folder = Path(folder)
+    arrays, table = folder / "signals.npz", folder / "annotations.json"
+    if arrays.exists() and table.exists():
+        annotations = load_annotations(table)
+        with np.load(arrays, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}, annotations
+    raw = next((path.parent for path in sorted(folder.glob("**/RawData/labels.txt"))), None)
+    if raw is not None:
+        return _read_sbhar(raw)
+    if not download:
+        raise FileNotFoundError(
+            f"{folder} holds no SBHAR recordings: neither signals.npz and annotations.json nor RawData/labels.txt. Give "
+            "their folder, or download=True to fetch them from the UCI archive (about 80 MB)."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        archive = Path(temporary) / "sbhar.zip"
+        _download(SBHAR_URL, archive)
+        _unpack(archive, Path(temporary))
+        raw = next((path.parent for path in sorted(Path(temporary).glob("**/RawData/labels.txt"))), None)
+        if raw is None:
+            raise ValueError(f"The archive of {SBHAR_URL} holds no RawData/labels.txt: has it changed?")
+        signals, annotations = _read_sbhar(raw)
+        np.savez(Path(temporary) / arrays.name, **signals)
+        (Path(temporary) / table.name).write_text(json.dumps(annotations) + "\n", encoding="utf-8")
+        for path in (arrays, table):
+            (Path(temporary) / path.name).replace(path)
+    return signals, annotations
+
+
+def _read_sbhar(raw: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """From the archive's text files: labels.txt has rows (experiment, person, activity 1 to 12, first and last sample,
+    counted from 1), and each experiment a file with three columns for either sensor."""
+    rows = np.loadtxt(raw / "labels.txt", dtype=np.int64, ndmin=2)
+    if rows.shape[1] != 5 or not ((rows[:, 2] >= 1) & (rows[:, 2] <= len(SBHAR_LABELS))).all():
+        raise ValueError(
+            f"{raw / 'labels.txt'} must have rows of five: experiment, person, activity 1 to 12, start, end."
+        )
+    signals, database = {}, {}
+    for experiment, person in np.unique(rows[:, :2], axis=0).tolist():
+        name = f"exp{experiment:02d}_user{person:02d}"
+        sensors = [np.loadtxt(raw / f"{kind}_{name}.txt", dtype=np.float32, ndmin=2) for kind in ("acc", "gyro")]
+        if sensors[0].shape != sensors[1].shape or sensors[0].shape[1] != 3:
+            raise ValueError(f"{name}: expected two files of three columns and as many rows as one another.")
+        signals[name] = np.concatenate(sensors, axis=1)
+        database[name] = {
+            "subset": next(subset for subset, people in _SBHAR_SUBSETS.items() if person in people),
+            "person": person,
+            "duration": len(signals[name]) / SBHAR_FPS,
+            "fps": float(SBHAR_FPS),
+            "annotations": [
+                {
+                    "label": SBHAR_LABELS[activity - 1],
+                    "label_id": activity - 1,
+                    "segment": [(start - 1) / SBHAR_FPS, end / SBHAR_FPS],
+                }
+                for activity, start, end in rows[(rows[:, :2] == (experiment, person)).all(axis=1), 2:].tolist()
+            ],
+        }
+    return signals, {"labels": SBHAR_LABELS, "database": database}
+
+
+def _download(url: str, path: Path) -> None:
+    from tqdm import tqdm
+
+    with urllib.request.urlopen(url) as response, open(path, "wb") as file:
+        size = int(response.headers.get("Content-Length") or 0) or None
+        with tqdm(total=size, unit="B", unit_scale=True, desc="download SBHAR") as progress:
+            while chunk := response.read(2**20):
+                file.write(chunk)
+                progress.update(len(chunk))
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """The archive, and an archive inside it: the UCI archive wraps some of its files twice."""
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder)
+    for inner in sorted(folder.glob("*.zip")):
+        if inner != archive:
+            with zipfile.ZipFile(inner) as file:
+                file.extractall(folder)
 
 
 # --- Shoulder exercises, recorded by a watch ------------------------------------------------------------------------

@@ -397,9 +397,22 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
                 result = {key: value[result["scores"] > threshold] for key, value in result.items()}
             if top_k is not None:
                 result = _best(result, top_k)
-            result["segments"] = _to_seconds(result["segments"], one)
+            result["segments"] = _to_seconds(result["segments"], one).clamp(min=0.0, max=one["duration"])
             results.append({key: value.to(device) for key, value in result.items()})
         return results
+
+    def to_seconds(
+        self, segments: Sequence[torch.Tensor], geometry: dict | Sequence[dict] | None = None
+    ) -> list[torch.Tensor]:
+        """
+        Positions on the feature grid, such as a dataset's segments, in seconds.
+
+        Args:
+            segments: for each sample a tensor of any shape.
+            geometry: as in `__call__`. Nothing is clipped to `duration`.
+        """
+        geometries = self._geometries(geometry, [f"sample {index}" for index in range(len(segments))])
+        return [_to_seconds(torch.as_tensor(own), one) for own, one in zip(segments, geometries, strict=True)]
 
     @staticmethod
     def _candidates(outputs, settings: dict) -> tuple[torch.Tensor, ...]:
@@ -590,8 +603,7 @@ def _fuse(result: dict, class_scores: torch.Tensor, top_k: int) -> dict:
 
 
 def _to_seconds(segments: torch.Tensor, geometry: dict) -> torch.Tensor:
-    seconds = (segments * geometry["feature_stride"] + 0.5 * geometry["num_frames"]) / geometry["fps"]
-    return seconds.clamp(min=0.0, max=geometry["duration"])
+    return (segments * geometry["feature_stride"] + 0.5 * geometry["num_frames"]) / geometry["fps"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -205,6 +205,7 @@ class ConvTransformerLoss(KeepsDtype):
         strides: torch.Tensor,
         ranges: torch.Tensor,
         labels: list[dict],
+        num_items_in_batch: torch.Tensor | float | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
         Args:
@@ -213,6 +214,9 @@ class ConvTransformerLoss(KeepsDtype):
             point_mask: (batch, points) bool, True = valid.
             points: (points,) positions on the grid; strides: (points,); ranges: (points, 2).
             labels: see `pad_labels`.
+            num_items_in_batch: divide by this in place of the moving number of positives, which then stays as it is, and
+                leave scaling by the number of processes to the caller. For batches that are accumulated: the moving
+                number for all of them, from `count_positives` and `update_normalizer`.
 
         Returns:
             the loss, and its parts: `cls_loss` and `reg_loss` (the loss is `cls_loss + loss_weight * reg_loss`), and
@@ -221,30 +225,14 @@ class ConvTransformerLoss(KeepsDtype):
         Raises:
             ValueError: see `pad_labels`.
         """
-        if not isinstance(labels, dict) and len(labels) != len(logits):
-            raise ValueError(
-                f"labels has {len(labels)} entries for a batch of {len(logits)} samples; give one a sample."
-            )
-        segments, classes, is_segment = pad_labels(labels, self.num_labels, logits.device)
-        with torch.no_grad():
-            class_targets, offset_targets, candidates = assign_targets(
-                points,
-                strides,
-                ranges,
-                segments,
-                classes,
-                is_segment,
-                self.num_labels,
-                self.center_sample,
-                self.center_sample_radius,
-            )
-            is_positive = (class_targets.sum(-1) > 0) & point_mask
-            num_positives = is_positive.sum().float()
-            is_assigned = (candidates & point_mask[..., None]).any(dim=1)
-            num_unassigned = (is_segment & ~is_assigned).sum()
-            self._warn_of_unassigned(segments, is_segment & ~is_assigned)
-            normalizer, world_size = self._update_normalizer(num_positives)
-            class_targets = class_targets * (1 - self.label_smoothing) + self.label_smoothing / (self.num_labels + 1)
+        class_targets, offset_targets, is_positive, unassigned = self._assign(
+            point_mask, points, strides, ranges, labels
+        )
+        num_positives = is_positive.sum().float()
+        normalizer, world_size = num_items_in_batch, 1
+        if num_items_in_batch is None:
+            normalizer, world_size = self.update_normalizer(num_positives)
+        class_targets = class_targets * (1 - self.label_smoothing) + self.label_smoothing / (self.num_labels + 1)
 
         cls_loss = sigmoid_focal_loss(logits, class_targets).masked_fill(~point_mask[..., None], 0).sum()
         # Where nothing is to be regressed, compare with zero: any finite value does, it is masked.
@@ -258,10 +246,49 @@ class ConvTransformerLoss(KeepsDtype):
             "cls_loss": cls_loss,
             "reg_loss": reg_loss,
             "num_positives": num_positives,
-            "num_unassigned_segments": num_unassigned,
+            "num_unassigned_segments": unassigned.sum(),
         }
 
-    def _update_normalizer(self, num_positives: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def count_positives(
+        self,
+        point_mask: torch.Tensor,
+        points: torch.Tensor,
+        strides: torch.Tensor,
+        ranges: torch.Tensor,
+        labels: list[dict],
+    ) -> torch.Tensor:
+        """How many points of a batch learn a segment; arguments as in `forward`."""
+        return self._assign(point_mask, points, strides, ranges, labels)[2].sum().float()
+
+    @torch.no_grad()
+    def _assign(self, point_mask, points, strides, ranges, labels) -> tuple[torch.Tensor, ...]:
+        """Class targets (batch, points, num_labels), offset targets (batch, points, 2), positive points (batch, points),
+        and segments that no point learns (batch, segments)."""
+        if not isinstance(labels, dict) and len(labels) != len(point_mask):
+            raise ValueError(
+                f"labels has {len(labels)} entries for a batch of {len(point_mask)} samples; give one a sample."
+            )
+        segments, classes, is_segment = pad_labels(labels, self.num_labels, point_mask.device)
+        class_targets, offset_targets, candidates = assign_targets(
+            points,
+            strides,
+            ranges,
+            segments,
+            classes,
+            is_segment,
+            self.num_labels,
+            self.center_sample,
+            self.center_sample_radius,
+        )
+        is_positive = (class_targets.sum(-1) > 0) & point_mask
+        unassigned = is_segment & ~(candidates & point_mask[..., None]).any(dim=1)
+        self._warn_of_unassigned(segments, unassigned)
+        return class_targets, offset_targets, is_positive, unassigned
+
+    @torch.no_grad()
+    def update_normalizer(self, num_positives: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The moving number of positives, in training with this batch's (of all processes) in it; and the number of
+        processes."""
         world_size = 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             world_size = torch.distributed.get_world_size()

@@ -833,6 +833,7 @@ class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedMode
         input_features: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: list[dict] | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ConvTransformerTemporalActionLocalizationOutput:
         r"""
@@ -844,6 +845,9 @@ class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedMode
             labels (list of `dict`, *optional*):
                 For each sample `segments` (`(N, 2)`, start and end on the feature grid) and `class_labels` (`(N,)`).
                 N may be 0.
+            num_items_in_batch (`torch.Tensor` or `float`, *optional*):
+                Divide the losses by this, not by the moving number of positives: for gradients accumulated over batches;
+                see `ConvTransformerLoss`.
 
         Raises:
             ValueError: shapes that do not fit, or labels that the model cannot learn; the message names the sample.
@@ -866,8 +870,10 @@ class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedMode
 
         loss = loss_dict = None
         if labels is not None:
-            ranges = torch.tensor(self.config.detector_ranges, dtype=torch.float32, device=logits.device)[levels]
-            loss, loss_dict = self.criterion(logits, offsets, point_mask.bool(), points, strides, ranges, labels)
+            ranges = self._make_ranges(levels)
+            loss, loss_dict = self.criterion(
+                logits, offsets, point_mask.bool(), points, strides, ranges, labels, num_items_in_batch
+            )
 
         return ConvTransformerTemporalActionLocalizationOutput(
             loss=loss,
@@ -879,6 +885,24 @@ class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedMode
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    @torch.no_grad()
+    def count_positives(
+        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None, labels: list[dict]
+    ) -> torch.Tensor:
+        """How many points of the batch learn a segment, without running the model; arguments as in `forward`."""
+        mask = attention_mask
+        if mask is None:
+            mask = torch.ones(input_features.shape[:2], device=input_features.device)
+        masks = [mask.to(input_features.device).bool()[:, ::stride] for stride in self.config.detector_strides]
+        points, strides, levels = self._make_points([one.shape[1] for one in masks], input_features.device)
+        return self.criterion.count_positives(
+            torch.cat(masks, dim=1), points, strides, self._make_ranges(levels), labels
+        )
+
+    def _make_ranges(self, levels: torch.Tensor) -> torch.Tensor:
+        """The regression range of every point, (points, 2), float32, on the feature grid."""
+        return torch.tensor(self.config.detector_ranges, dtype=torch.float32, device=levels.device)[levels]
 
     def _make_points(self, lengths: list[int], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Position on the feature grid, stride (both float32) and level of every point, each (points,)."""

@@ -1,0 +1,395 @@
+"""How a ConvTransformer is trained, with transformers' Trainer or without.
+
+    trainer = TemporalActionTrainer(
+        model=model, args=arguments, train_dataset=train_set, eval_dataset=test_set,
+        data_collator=DataCollator(feature_extractor, return_metadata=True), feature_extractor=feature_extractor,
+        compute_metrics=compute_detection_metrics,
+    )
+    trainer.add_callback(EMACallback(trainer, decay=0.999))
+    trainer.train(resume_from_checkpoint=find_last_checkpoint(arguments.output_dir))
+
+The recipe is that of ActionFormer's release (Zhang et al., ECCV 2022, https://arxiv.org/abs/2202.07925): AdamW without
+weight decay on norms, biases, scales and position tables, a linear warm-up and a cosine decay of the learning rate
+(`lr_scheduler_type="cosine"`, `warmup_steps`), gradients clipped to a norm of 1 (`max_grad_norm`), and a moving average
+of the weights. Label smoothing is a field of the model's config; Trainer's own is for other losses.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .configuration_convtransformer import ConvTransformerConfig
+from .convert.adapt import Report, adapt
+from .evaluation import evaluate_detections
+from .modeling_convtransformer import ConvTransformerForTemporalActionLocalization
+
+__all__ = [
+    "EMACallback",
+    "TemporalActionTrainer",
+    "compute_detection_metrics",
+    "decay_parameter_names",
+    "find_last_checkpoint",
+    "load_ema",
+    "load_for_classes",
+    "parameter_groups",
+]
+
+EMA_NAME = "ema.safetensors"
+
+# What fills up arrays of different lengths, here and in Trainer's own padding.
+_FILLER = -100
+
+
+# --- Parameters and weights -----------------------------------------------------------------------------------------
+
+
+def decay_parameter_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that weight decay is for: the weights of linear and convolution layers (a LoRA adapter's
+    are such layers too). Norms, biases, the scales of drop path and of the regression head, position tables and relative
+    biases are left alone, as in ActionFormer's release."""
+    return [
+        f"{prefix}.weight" if prefix else "weight"
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv1d)
+    ]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters that learn, in two groups for an optimizer: with `weight_decay`, and without."""
+    decays = {*decay_parameter_names(model)}
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name in decays].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+def load_for_classes(
+    checkpoint: str | os.PathLike, labels: Sequence[str], **overrides: Any
+) -> tuple[ConvTransformerForTemporalActionLocalization, Report]:
+    """A detector for the classes `labels` that starts from `checkpoint`, whatever classes that one has: what fits is
+    carried over, rows of the classification head by class name. `overrides` are fields of the config.
+
+    Returns:
+        the model, and a `convert.adapt.Report` that names for each tensor whether it was copied, adapted or initialised.
+
+    Raises:
+        ConversionError: nothing fits.
+        OSError: there is no such checkpoint.
+    """
+    source = ConvTransformerForTemporalActionLocalization.from_pretrained(checkpoint)
+    names = dict(enumerate(labels))
+    fields = source.config.to_dict()
+    if names != source.config.id2label:
+        fields["empty_labels"] = ()  # ids of the old classes
+    fields.update(overrides, id2label=names, label2id={name: index for index, name in names.items()})
+    return adapt(source, ConvTransformerConfig.from_dict(fields))
+
+
+class EMACallback(TrainerCallback):
+    """
+    A moving average of the weights that learn, kept beside them, evaluated and saved with them.
+
+    After each optimizer step, average = d * average + (1 - d) * weights, where d rises as (1 + step) / (10 + step) up to
+    `decay`: without that warm-up the initial weights would weigh on the average for the first 1 / (1 - decay) steps and
+    more. Buffers (of batch norm, and the loss's number of positives) are not averaged: the model's own count.
+
+    Each evaluation is repeated with the averaged weights; its metrics, `eval_ema_map` and so on, join the others, so that
+    `metric_for_best_model="eval_ema_map"` chooses the best checkpoint by them. Every checkpoint folder gets an
+    `ema.safetensors`, from which training resumes and `load_ema` reads. When training ends with
+    `load_best_model_at_end`, the average is that of the best checkpoint too. Add this callback before `EarlyStoppingCallback`.
+
+    Args:
+        trainer: the Trainer that it is added to.
+        decay: 0.999 averages about the last 1000 steps.
+
+    Raises:
+        ValueError: the decay is not in [0, 1).
+    """
+
+    def __init__(self, trainer: Trainer, decay: float = 0.999):
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay is {decay!r}; expected a number in [0, 1), such as 0.999.")
+        self.trainer, self.decay = trainer, decay
+        self.average: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.average = {
+            name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        if state.global_step > 0:
+            checkpoint = _checkpoint_folder(args.output_dir, state.global_step)
+            if (checkpoint / EMA_NAME).exists():
+                self._read(checkpoint)
+            else:
+                warnings.warn(
+                    f"{checkpoint} has no {EMA_NAME}: the moving average starts anew from the checkpoint's own weights."
+                )
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        parameters = dict(model.named_parameters())
+        for name, average in self.average.items():
+            average.lerp_(parameters[name].detach().to(average.dtype), 1 - decay)
+        self._save_if_due(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._save_if_due(args, state, control)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if not self.average:
+            return
+        datasets = self.trainer.eval_dataset
+        for name, dataset in datasets.items() if isinstance(datasets, dict) else [(None, datasets)]:
+            prefix = "eval" if name is None else f"eval_{name}"
+            if not any(key.startswith(f"{prefix}_") for key in metrics):
+                continue  # with several datasets, each has an evaluation of its own
+            with self.weights(self.trainer.model):
+                # Not `evaluate`, which would call this and other callbacks again.
+                output = self.trainer.predict(dataset, metric_key_prefix=f"{prefix}_ema")
+            metrics.update(output.metrics)
+            self.trainer.log(output.metrics)
+
+    def on_save(self, args, state, control, **kwargs):
+        # Usually it is there already; a checkpoint that is saved for its score is known only now.
+        if not (_checkpoint_folder(args.output_dir, state.global_step) / EMA_NAME).exists():
+            self._save(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and (Path(best) / EMA_NAME).exists():
+            self._read(Path(best))
+
+    @contextmanager
+    def weights(self, model: nn.Module) -> Iterator[nn.Module]:
+        """`with ema.weights(model):` the model has the averaged weights; afterwards its own again."""
+        self._swap(model)
+        try:
+            yield model
+        finally:
+            self._swap(model)
+
+    @torch.no_grad()
+    def _swap(self, model: nn.Module):
+        parameters = dict(model.named_parameters())
+        for name, average in self.average.items():
+            own = parameters[name].detach().clone()
+            parameters[name].copy_(average)
+            average.copy_(own)
+
+    def _save_if_due(self, args, state, control):
+        # Before Trainer writes the checkpoint, whose last file then says that it is complete (`find_last_checkpoint`).
+        if control.should_save:
+            self._save(args, state)
+
+    def _save(self, args, state):
+        if not state.is_world_process_zero:
+            return
+        folder = _checkpoint_folder(args.output_dir, state.global_step)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{EMA_NAME}.{os.getpid()}.part"
+        save_file({name: average.contiguous() for name, average in self.average.items()}, path)
+        path.replace(folder / EMA_NAME)
+
+    def _read(self, checkpoint: Path):
+        for name, tensor in _read_ema(checkpoint, self.average).items():
+            self.average[name].copy_(tensor)
+
+
+def load_ema(model: PreTrainedModel, checkpoint: str | os.PathLike) -> PreTrainedModel:
+    """Gives `model`, which was loaded from a checkpoint folder of a Trainer with `EMACallback`, that folder's averaged
+    weights in place of its own.
+
+    Raises:
+        FileNotFoundError: the folder has no `ema.safetensors`.
+        ValueError: the file is not of this model.
+    """
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in _read_ema(Path(checkpoint), parameters).items():
+            parameters[name].copy_(tensor)
+    return model
+
+
+def _read_ema(checkpoint: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    path = checkpoint / EMA_NAME
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}; was EMACallback at work when this checkpoint was saved?")
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it has no iterator
+    wrong = [name for name, tensor in tensors.items() if name not in expected or expected[name].shape != tensor.shape]
+    if wrong:
+        raise ValueError(
+            f"{path} is of another model: it has {wrong[0]}, {len(wrong)} tensors in all that do not fit."
+        )
+    return tensors
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def _checkpoint_folder(output_dir: str | os.PathLike, step: int) -> Path:
+    return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def find_last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint of a Trainer that was written to its end, or None: what `resume_from_checkpoint` takes after
+    a run was killed, perhaps while it was saving. (Trainer's own search returns the newest folder, complete or not.)
+
+    Trainer writes trainer_state.json after model, optimizer, scheduler and random state: a checkpoint is complete if that
+    file can be read.
+    """
+    folders = []
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = folder.name.rpartition("-")[2]
+        if step.isdigit():
+            folders.append((int(step), folder))
+    for step, folder in sorted(folders, reverse=True):
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            warnings.warn(f"{folder} is incomplete, as if the run had been killed while saving it; passed over.")
+            continue
+        if state.get("global_step") == step:
+            return str(folder)
+    return None
+
+
+# --- Trainer --------------------------------------------------------------------------------------------------------
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the training dataset which epoch begins: accelerate does so only where the sampler does not want to know. With
+    it, a resumed run draws the augmentations that the first run would have drawn."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        dataset = getattr(train_dataloader, "dataset", None)
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(int(state.epoch + 1e-6))
+
+
+class TemporalActionTrainer(Trainer):
+    """
+    transformers' Trainer for detectors of segments. It differs from Trainer in four things:
+
+    - Evaluation turns the output of each batch into segments in seconds at once. `compute_metrics` gets
+      `EvalPrediction(predictions, label_ids)` with predictions `(samples, N, 4)` (start, end, score, class) and label_ids
+      `(samples, M, 3)` (start, end, class), rows of -100 as filler: no logit is kept, and samples of different lengths,
+      also of different processes, are gathered whole. `compute_detection_metrics` takes them.
+    - Weight decay is for `decay_parameter_names`.
+    - With gradient accumulation, the positives of all accumulated batches are counted before the first of them, so that
+      the gradients are those of one large batch.
+    - A dataset that draws (crops, augmentations) draws by epoch: a resumed run repeats what the killed run drew.
+
+    Args:
+        feature_extractor: turns outputs into segments, with its own post-processing settings.
+        data_collator: `DataCollator(feature_extractor, return_metadata=True)` if left out.
+        others: see `transformers.Trainer`.
+    """
+
+    def __init__(self, *args, feature_extractor, data_collator=None, **kwargs):
+        from .data import DataCollator
+
+        data_collator = data_collator or DataCollator(feature_extractor, return_metadata=True)
+        kwargs.setdefault("processing_class", feature_extractor)  # saved with each checkpoint
+        super().__init__(*args, data_collator=data_collator, **kwargs)
+        self.feature_extractor = feature_extractor
+        self.args.remove_unused_columns = False  # items are not yet what the model takes
+        self.model_accepts_loss_kwargs = self.args.gradient_accumulation_steps > 1
+        self.add_callback(_SetEpoch())
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decay_parameter_names(model)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {name: value for name, value in inputs.items() if name not in ("video_ids", "geometry")}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """What the losses of all accumulated batches are divided by; see `ConvTransformerLoss`."""
+        if not (self.model_accepts_loss_kwargs and self.model.training and batch_samples):
+            return None
+        detector = find_detector(self.model)
+        positives = sum(
+            detector.count_positives(batch["input_features"].to(device), batch["attention_mask"], batch["labels"])
+            for batch in batch_samples
+        )
+        normalizer, world_size = detector.criterion.update_normalizer(positives)
+        # Trainer multiplies the loss by the number of processes if it may, because it averages gradients over them.
+        return normalizer if self.args.average_tokens_across_devices else normalizer / world_size
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, outputs, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if outputs is None:
+            return loss, None, None
+        outputs = dict(zip(("logits", "pred_segments", "point_mask", "point_levels"), outputs, strict=True))
+        geometry = inputs.get("geometry")
+        found = self.feature_extractor.post_process_temporal_action_localization(outputs, geometry=geometry)
+        device = outputs["logits"].device
+        detections = [
+            torch.cat((one["segments"], one["scores"][:, None], one["labels"][:, None].float()), dim=1).to(device)
+            for one in found
+        ]
+        truths = None
+        if "labels" in inputs:
+            truths = [
+                torch.cat((segments.to(device), label["class_labels"][:, None].float().to(device)), dim=1)
+                for segments, label in zip(
+                    self.feature_extractor.to_seconds([one["segments"] for one in inputs["labels"]], geometry),
+                    inputs["labels"],
+                    strict=True,
+                )
+            ]
+        return loss, _pad(detections), None if truths is None else _pad(truths)
+
+
+def find_detector(model: nn.Module) -> ConvTransformerForTemporalActionLocalization:
+    """The detector inside what PEFT, accelerate or torch.compile made of it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, ConvTransformerForTemporalActionLocalization):
+            return module
+    raise ValueError(f"There is no ConvTransformerForTemporalActionLocalization in this {type(model).__name__}.")
+
+
+def _pad(rows: list[torch.Tensor]) -> torch.Tensor:
+    """(samples, longest or 1, columns): one row of filler at least, so that a batch of nothing keeps its shape."""
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_FILLER)
+    return padded if padded.shape[1] else padded.new_full((len(rows), 1, padded.shape[2]), _FILLER)
+
+
+def compute_detection_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """`compute_metrics` for `TemporalActionTrainer`: `map` (the mean over tIoU 0.3 to 0.7), `map_30`, `map_40` and so on.
+    For recall or other thresholds, write the same with `detections_of` and `evaluation.evaluate_detections`."""
+    metrics = evaluate_detections(*detections_of(prediction), top_k=1).to_dict()
+    return {name: value for name, value in metrics.items() if name.startswith("map")}
+
+
+def detections_of(prediction: EvalPrediction) -> tuple[dict, dict]:
+    """The predictions and the ground truth of an `EvalPrediction` of `TemporalActionTrainer` as `evaluate_detections`
+    takes them, by number of the sample."""
+    found, truth = {}, {}
+    for index, (rows, own) in enumerate(zip(prediction.predictions, prediction.label_ids, strict=True)):
+        rows, own = rows[rows[:, 3] >= 0], own[own[:, 2] >= 0]
+        found[index] = {"segments": rows[:, :2], "scores": rows[:, 2], "labels": rows[:, 3].astype(np.int64)}
+        truth[index] = {"segments": own[:, :2], "labels": own[:, 2].astype(np.int64)}
+    return found, truth
