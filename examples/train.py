@@ -26,6 +26,7 @@ import transformers
 import yaml
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from modeling_convtransformer import (
     ConvTransformerConfig,
@@ -234,7 +235,7 @@ def make_model(recipe: str | None, options: ModelArguments, names: list[str]):
     if options.checkpoint is not None:
         model, report = load_for_classes(options.checkpoint, names, **changes)
         shares = ", ".join(f"{100 * row['share']:.1f} % {state}" for state, row in report.shares().items())
-        print(f"started from {options.checkpoint}: {shares} of the parameters")
+        print(f"parameters from {options.checkpoint}: {shares}")
         return model
     if recipe is None:
         raise Usage("give a recipe, such as configuration/sbhar.yaml, or --checkpoint")
@@ -303,6 +304,7 @@ def evaluate(trainer: TemporalActionTrainer) -> DetectionMetrics:
 
 def main():
     parser, recipe, model_options, data_options, training = parse(ModelArguments, DataArguments, Training)
+    logging.disable_progress_bar()  # of saving, which takes no time; Trainer's stays
     try:
         set_seed(training.seed)
         feature_extractor = make_feature_extractor(recipe, model_options.checkpoint)

@@ -1,6 +1,9 @@
 """README's Python blocks run, in order, in one process, as a reader would type them."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +43,35 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert (segments["scores"] > 0.3).all()
     assert (segments["segments"] >= 0).all()
     assert float(names["loss"]) > 0
+
+
+@pytest.mark.slow
+def test_your_data_leads_to_a_model(tmp_path):
+    """The page's blocks in its order: Python in one process after another, the recipe, the commands for one epoch."""
+    for package in ("seglearn", "accelerate"):
+        pytest.importorskip(package, reason="the page needs the demo and train extras")
+    page = (ROOT / "docs" / "your_data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    assert [kind for kind, _ in blocks] == ["python", "python", "yaml", "bash", "python", "python", "bash", "py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for kind, text in blocks:
+        if kind == "py":  # needs an account on the Hub
+            continue
+        if kind == "yaml":
+            (tmp_path / "my_recipe.yaml").write_text(text, encoding="utf-8")
+            continue
+        if kind == "bash":
+            words = text.replace("examples/", f"{ROOT}/examples/").split()
+            command = [sys.executable, *words[1:], "--num_train_epochs", "1"]
+        else:
+            command = [sys.executable, "-c", "import json\nfrom pathlib import Path\n" + text]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{text}\n{result.stderr}"
+        if "suggest_config" in text:
+            assert result.stdout.strip() in page
+    assert {"model.safetensors", "preprocessor_config.json", "metrics.json"} <= {
+        path.name for path in (tmp_path / "outputs" / "rehab").iterdir()
+    }
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
