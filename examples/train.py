@@ -15,6 +15,7 @@ import json
 import platform
 import shlex
 import sys
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
 from transformers.utils import logging
@@ -34,7 +36,15 @@ from modeling_convtransformer import (
     ConvTransformerForTemporalActionLocalization,
     __version__,
 )
-from modeling_convtransformer.data import SensorAugmentation, SensorDataset, TemporalActionDataset, load_sbhar
+from modeling_convtransformer.convert.checkpoint import ConversionError
+from modeling_convtransformer.data import (
+    CroppedDataset,
+    SensorAugmentation,
+    SensorDataset,
+    TemporalActionDataset,
+    load_annotations,
+    load_sbhar,
+)
 from modeling_convtransformer.evaluation import DetectionMetrics, evaluate_detections
 from modeling_convtransformer.training import (
     EMACallback,
@@ -108,6 +118,10 @@ class Training(TrainingArguments):
     fresh: bool = field(default=False, metadata={"help": "start anew though --output_dir holds checkpoints"})
 
     def __post_init__(self):
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay is {self.ema_decay}; expected 0, or a number below 1 such as 0.999")
+        # A resumed run goes on counting the evaluations without a better mAP.
+        self.restore_callback_states_from_checkpoint |= self.early_stopping_patience > 0
         average = self.ema_decay > 0 and self.weights == "average"
         self.metric_for_best_model = self.metric_for_best_model or ("eval_ema_map" if average else "eval_map")
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
@@ -118,10 +132,19 @@ class Usage(Exception):
     """What the user can mend."""
 
 
-def parse(*kinds: type) -> tuple[Any, ...]:
+# And what the package, transformers and the YAML reader raise for the same reason.
+MENDABLE = (Usage, OSError, KeyError, TypeError, ValueError, ConversionError, StrictDataclassError, yaml.YAMLError)
+
+
+def one_line(error: Exception) -> str:
+    """Of several lines, users look at the last one."""
+    return " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+
+
+def parse(description: str, *kinds: type) -> tuple[Any, ...]:
     """The parser (for its error), the recipe's path, and an instance of each dataclass: what the recipe's sections say, and
     in its place what the command line says."""
-    parser = HfArgumentParser(kinds, description=__doc__, formatter_class=HelpFormatter)
+    parser = HfArgumentParser(kinds, description=description, formatter_class=HelpFormatter)
     parser.usage = f"{Path(sys.argv[0]).name} RECIPE [options]    (--help lists them)"
     parser.add_argument("recipe", nargs="?", help="YAML file, such as configuration/sbhar.yaml")
     argv = sys.argv[1:]
@@ -130,14 +153,22 @@ def parse(*kinds: type) -> tuple[Any, ...]:
         try:
             content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
             defaults = {**(content.get("data") or {}), **(content.get("training") or {})}
-        except (OSError, yaml.YAMLError, AttributeError) as error:
-            parser.error(f"{recipe} is not a recipe: {error}")
-        known = {action.dest for action in parser._actions}
-        if unknown := sorted(set(defaults) - known):
+        except (*MENDABLE, AttributeError) as error:
+            parser.error(f"{recipe} is not a recipe: {one_line(error)}")
+        known = {action.dest: action for action in parser._actions}
+        if unknown := sorted(map(str, set(defaults) - set(known))):
             parser.error(f"{recipe}: data or training has unknown options: {', '.join(unknown)}")
+        for name, value in defaults.items():  # argparse looks at the command line only
+            if known[name].choices and value not in known[name].choices:
+                parser.error(f"{recipe}: {name} is {value!r}; expected one of {', '.join(known[name].choices)}")
         parser.set_defaults(**defaults)
-    *instances, rest = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    return parser, rest.recipe, *instances
+    try:
+        *instances, rest = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    except MENDABLE as error:
+        parser.error(one_line(error))
+    if rest.recipe != recipe:
+        parser.error(f"the recipe, {rest.recipe}, must stand before all options")
+    return parser, recipe, *instances
 
 
 class HelpFormatter(transformers.hf_argparser.ArgumentDefaultsHelpFormatter):
@@ -156,12 +187,20 @@ def load_datasets(options: DataArguments, feature_extractor, seed: int) -> tuple
             raise Usage("--dataset arrow needs --folder, a folder or the name of a data set on the Hub")
         local = Path(options.folder).exists()
         both = datasets.load_from_disk(options.folder) if local else datasets.load_dataset(options.folder)
+        if not isinstance(both, datasets.DatasetDict):
+            raise Usage(
+                f"{options.folder} is one split; expected a DatasetDict with one each to train and to evaluate"
+            )
+        if missing := sorted({*options.train_split, *options.val_split} - {*both}):
+            raise Usage(f"{options.folder} has no split {', '.join(missing)}; it has {', '.join(both)}")
         both = both.with_format("numpy")
         names = both[options.train_split[0]].features["class_labels"].feature.names
-        return *(
+        train_set, val_set = (
             datasets.concatenate_datasets([both[split] for split in splits])
             for splits in (options.train_split, options.val_split)
-        ), names
+        )
+        cuts = (options.max_seq_len, options.trunc_thresh, options.crop_ratio)
+        return CroppedDataset(train_set, *cuts, seed=seed), val_set, names
     make = file_dataset if options.dataset == "files" else sensor_dataset
     train_set, val_set = make(options, feature_extractor, seed)
     return train_set, val_set, [train_set.id2label[index] for index in range(len(train_set.id2label))]
@@ -219,8 +258,12 @@ def load_signals(options: DataArguments) -> tuple[Mapping, Mapping]:
         return load_sbhar(options.folder, download=options.download)
     if options.signals is None or options.annotations is None:
         raise Usage("--dataset sensors needs --annotations and --signals")
-    with np.load(options.signals, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}, json.loads(Path(options.annotations).read_text())
+    try:
+        with np.load(options.signals, allow_pickle=False) as file:
+            signals = {name: file[name] for name in file.files}
+    except (TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise Usage(f"--signals {options.signals} is no .npz file of arrays: {error}") from error
+    return signals, load_annotations(options.annotations)
 
 
 def make_model(recipe: str | None, options: ModelArguments, names: list[str]):
@@ -231,9 +274,12 @@ def make_model(recipe: str | None, options: ModelArguments, names: list[str]):
         known = {*ConvTransformerConfig.__dataclass_fields__, *ConvTransformerConfig.attribute_map}
         if not is_there or name not in known:
             raise Usage(f"--set {text}: expected NAME=VALUE with a field of ConvTransformerConfig")
-        changes[name] = yaml.safe_load(value)
+        changes[ConvTransformerConfig.attribute_map.get(name, name)] = yaml.safe_load(value)
     if options.checkpoint is not None:
-        model, report = load_for_classes(options.checkpoint, names, **changes)
+        try:
+            model, report = load_for_classes(options.checkpoint, names, **changes)
+        except OSError as error:
+            raise Usage(f"--checkpoint {options.checkpoint}: {error}") from error
         shares = ", ".join(f"{100 * row['share']:.1f} % {state}" for state, row in report.shares().items())
         print(f"parameters from {options.checkpoint}: {shares}")
         return model
@@ -303,15 +349,18 @@ def evaluate(trainer: TemporalActionTrainer) -> DetectionMetrics:
 
 
 def main():
-    parser, recipe, model_options, data_options, training = parse(ModelArguments, DataArguments, Training)
+    parser, recipe, model_options, data_options, training = parse(__doc__, ModelArguments, DataArguments, Training)
     logging.disable_progress_bar()  # of saving, which takes no time; Trainer's stays
     try:
         set_seed(training.seed)
         feature_extractor = make_feature_extractor(recipe, model_options.checkpoint)
         train_set, val_set, names = load_datasets(data_options, feature_extractor, training.seed)
         model = make_model(recipe, model_options, names)
-    except (Usage, OSError, KeyError, ValueError) as error:
-        parser.error(str(error))
+        given, taken = feature_extractor.feature_size, sum(model.config.stream_widths)
+        if given != taken:
+            raise Usage(f"features have {given} channels (feature_size), but the model takes {taken} (n_in)")
+    except MENDABLE as error:
+        parser.error(one_line(error))
     checkpoint = start(training)
     if training.should_save:
         print(

@@ -19,13 +19,14 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from train import (
+    MENDABLE,
     DataArguments,
     ModelArguments,
     Training,
-    Usage,
     load_datasets,
     make_feature_extractor,
     make_model,
+    one_line,
     parse,
 )
 from transformers import get_cosine_schedule_with_warmup
@@ -62,14 +63,14 @@ def evaluate(model, dataset, collate, feature_extractor):
 
 
 def main():
-    parser, recipe, model_options, data_options, options = parse(ModelArguments, DataArguments, Training)
+    parser, recipe, model_options, data_options, options = parse(__doc__, ModelArguments, DataArguments, Training)
     try:
         set_seed(options.seed)
         feature_extractor = make_feature_extractor(recipe, model_options.checkpoint)
         train_set, val_set, names = load_datasets(data_options, feature_extractor, options.seed)
         model = make_model(recipe, model_options, names)
-    except (Usage, OSError, KeyError, ValueError) as error:
-        parser.error(str(error))
+    except MENDABLE as error:
+        parser.error(one_line(error))
     folder, epochs = Path(options.output_dir), math.ceil(options.num_train_epochs)
 
     accelerator = Accelerator(gradient_accumulation_steps=options.gradient_accumulation_steps)

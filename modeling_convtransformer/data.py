@@ -25,6 +25,7 @@ import os
 import random
 import tempfile
 import urllib.request
+import uuid
 import warnings
 import zipfile
 from collections import Counter, defaultdict
@@ -47,6 +48,7 @@ __all__ = [
     "SBHAR_LABELS",
     "WATCH_FPS",
     "WATCH_LABELS",
+    "CroppedDataset",
     "DataCollator",
     "SensorAugmentation",
     "SensorDataset",
@@ -771,13 +773,20 @@ class DataCollator:
         )
         batch["labels"] = [
             {
-                "segments": torch.as_tensor(item["segments"], dtype=torch.float32),
-                "class_labels": torch.as_tensor(item["class_labels"], dtype=torch.long),
+                "segments": torch.tensor(
+                    np.asarray(item["segments"]), dtype=torch.float32
+                ),  # copies: Arrow's are read-only
+                "class_labels": torch.tensor(np.asarray(item["class_labels"]), dtype=torch.long),
             }
             for item in items
         ]
         if self.return_metadata:
-            batch |= {"video_ids": video_ids, "geometry": [item["geometry"] for item in items]}
+            # Plain numbers: an Arrow dataset in NumPy's format has arrays without axes here.
+            geometry = [
+                {name: None if value is None else float(value) for name, value in item["geometry"].items()}
+                for item in items
+            ]
+            batch |= {"video_ids": video_ids, "geometry": geometry}
         return batch
 
 
@@ -823,10 +832,54 @@ def to_hf_dataset(dataset: Dataset):
             },
         }
     )
-    return datasets.Dataset.from_generator(_iterate, features=schema, gen_kwargs={"dataset": dataset})
+    # datasets takes a generator with equal arguments from its cache, though files of features may have changed since.
+    arguments = {"dataset": dataset, "call": uuid.uuid4().hex}
+    return datasets.Dataset.from_generator(_iterate, features=schema, gen_kwargs=arguments)
 
 
-def _iterate(dataset: Dataset) -> Iterator[dict[str, Any]]:
+class CroppedDataset(_DrawsAnew, Dataset):
+    """The items of another dataset, such as an Arrow one, cut at random as `TemporalActionDataset` does for training.
+
+    Args:
+        dataset: items as those of `TemporalActionDataset`, without augmentation; an Arrow dataset `with_format("numpy")`.
+        max_seq_len, trunc_thresh, crop_ratio: see `truncate_features`; no max_seq_len: no video is too long.
+        seed: draw by (seed, epoch, index, number of accesses).
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        max_seq_len: int | None = None,
+        trunc_thresh: float = 0.5,
+        crop_ratio: tuple[float, float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.max_seq_len, self.trunc_thresh, self.crop_ratio = max_seq_len, trunc_thresh, crop_ratio
+        super().__init__(len(dataset))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        item = dict(self.dataset[index])
+        rng = random.Random(str((self.seed, index, *self._next_draw(index))))
+        self._accesses[index] += 1
+        item["features"], item["segments"], item["class_labels"] = truncate_features(
+            item["features"],
+            np.asarray(item["segments"], dtype=np.float32).reshape(-1, 2),
+            np.asarray(item["class_labels"], dtype=np.int64),
+            self.max_seq_len or len(item["features"]),
+            self.trunc_thresh,
+            float(0.5 * item["geometry"]["num_frames"] / item["geometry"]["feature_stride"]),
+            self.crop_ratio,
+            rng=rng,
+        )
+        return item
+
+
+def _iterate(dataset: Dataset, call: str) -> Iterator[dict[str, Any]]:
     for index in range(len(dataset)):
         yield dataset[index]
 
@@ -983,8 +1036,9 @@ class SensorAugmentation:
         """The signal (n, channels) and its segments (N, 2, seconds) as training sees them this time."""
         if self.speed:
             factor = math.exp(rng.uniform(-self.speed, self.speed))
+            factor = min(factor, max(len(signal) - 1, 1) / window)  # a window must be left of a short recording
             place = np.arange(0, len(signal) - 1, factor)
-            before = place.astype(np.int64)
+            before = place.astype(np.int64).clip(max=len(signal) - 2)  # rounding may step onto the last sample
             share = (place - before).astype(np.float32)[:, None]
             signal, segments = signal[before] * (1 - share) + signal[before + 1] * share, segments / factor
         if self.rotation and signal.shape[1] % 3 == 0:
@@ -1093,7 +1147,7 @@ class SensorDataset(_DrawsAnew, Dataset):
             self._accesses[index] += 1
             signal, segments = self.augmentation(signal, segments, self.window, self.stride, video.fps, rng)
             duration = len(signal) / video.fps
-            segments, keep = _clip_segments(segments.astype(np.float32), 0.0, duration, 0.5)
+            segments, keep = _clip_segments(segments, 0.0, duration, 0.5)
             segments, class_labels = segments[keep], class_labels[keep]
         grid = (segments * video.fps - 0.5 * self.window) / self.stride
         return {
@@ -1183,7 +1237,10 @@ def load_sbhar(folder: str | os.PathLike, download: bool = False) -> tuple[dict[
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         archive = Path(temporary) / "sbhar.zip"
         _download(SBHAR_URL, archive)
-        _unpack(archive, Path(temporary))
+        try:
+            _unpack(archive, Path(temporary))
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"What {SBHAR_URL} gives is no zip archive ({error}): has it changed?") from error
         raw = next((path.parent for path in sorted(Path(temporary).glob("**/RawData/labels.txt"))), None)
         if raw is None:
             raise ValueError(f"The archive of {SBHAR_URL} holds no RawData/labels.txt: has it changed?")
@@ -1203,6 +1260,9 @@ def _read_sbhar(raw: Path) -> tuple[dict[str, np.ndarray], dict]:
         raise ValueError(
             f"{raw / 'labels.txt'} must have rows of five: experiment, person, activity 1 to 12, start, end."
         )
+    subset_of = {person: subset for subset, people in _SBHAR_SUBSETS.items() for person in people}
+    if unknown := sorted({*rows[:, 1].tolist()} - {*subset_of}):
+        raise ValueError(f"{raw / 'labels.txt'} has the people {unknown}; SBHAR's are 1 to {max(subset_of)}.")
     signals, database = {}, {}
     for experiment, person in np.unique(rows[:, :2], axis=0).tolist():
         name = f"exp{experiment:02d}_user{person:02d}"
@@ -1211,7 +1271,7 @@ def _read_sbhar(raw: Path) -> tuple[dict[str, np.ndarray], dict]:
             raise ValueError(f"{name}: expected two files of three columns and as many rows as one another.")
         signals[name] = np.concatenate(sensors, axis=1)
         database[name] = {
-            "subset": next(subset for subset, people in _SBHAR_SUBSETS.items() if person in people),
+            "subset": subset_of[person],
             "person": person,
             "duration": len(signals[name]) / SBHAR_FPS,
             "fps": float(SBHAR_FPS),
@@ -1236,6 +1296,8 @@ def _download(url: str, path: Path) -> None:
             while chunk := response.read(2**20):
                 file.write(chunk)
                 progress.update(len(chunk))
+    if size is not None and path.stat().st_size != size:
+        raise OSError(f"The download of {url} broke off after {path.stat().st_size} of {size} bytes; try again.")
 
 
 def _unpack(archive: Path, folder: Path) -> None:

@@ -14,13 +14,14 @@ weight decay on norms, biases, scales and position tables, a linear warm-up and 
 of the weights. Label smoothing is a field of the model's config; Trainer's own is for other losses.
 """
 
+import functools
 import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,17 +34,22 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .configuration_convtransformer import ConvTransformerConfig
 from .convert.adapt import Report, adapt
 from .evaluation import evaluate_detections
-from .modeling_convtransformer import ConvTransformerForTemporalActionLocalization
+from .modeling_convtransformer import ConvTransformerForTemporalActionLocalization, MaskedConv1d
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 __all__ = [
     "EMACallback",
     "TemporalActionTrainer",
+    "adapt_convolutions",
     "compute_detection_metrics",
     "decay_parameter_names",
     "find_last_checkpoint",
     "load_ema",
     "load_for_classes",
     "parameter_groups",
+    "register_peft_defaults",
 ]
 
 EMA_NAME = "ema.safetensors"
@@ -127,13 +133,19 @@ class EMACallback(TrainerCallback):
             raise ValueError(f"decay is {decay!r}; expected a number in [0, 1), such as 0.999.")
         self.trainer, self.decay = trainer, decay
         self.average: dict[str, torch.Tensor] = {}
+        self.saved_step: int | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.average = {
-            name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+        self.saved_step = None
+        self.average = {  # float32 at least: in half precision, steps of 1 - decay would be rounded away
+            name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
         }
         if state.global_step > 0:
-            checkpoint = _checkpoint_folder(args.output_dir, state.global_step)
+            resumed_from = getattr(self.trainer, "resumed_from", None)
+            named = isinstance(resumed_from, str | os.PathLike)
+            checkpoint = Path(resumed_from) if named else _checkpoint_folder(args.output_dir, state.global_step)
             if (checkpoint / EMA_NAME).exists():
                 self._read(checkpoint)
             else:
@@ -152,23 +164,20 @@ class EMACallback(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         self._save_if_due(args, state, control)
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(self, args, state, control, metrics=None, eval_dataloader=None, **kwargs):
         if not self.average:
             return
-        datasets = self.trainer.eval_dataset
-        for name, dataset in datasets.items() if isinstance(datasets, dict) else [(None, datasets)]:
-            prefix = "eval" if name is None else f"eval_{name}"
-            if not any(key.startswith(f"{prefix}_") for key in metrics):
-                continue  # with several datasets, each has an evaluation of its own
-            with self.weights(self.trainer.model):
-                # Not `evaluate`, which would call this and other callbacks again.
-                output = self.trainer.predict(dataset, metric_key_prefix=f"{prefix}_ema")
-            metrics.update(output.metrics)
-            self.trainer.log(output.metrics)
+        # With several datasets, each has an evaluation of its own: "eval_night_runtime".
+        prefix = next(name for name in reversed(metrics) if name.endswith("_runtime")).removesuffix("_runtime")
+        with self.weights(self.trainer.model):
+            # Not `evaluate`, which would call this and other callbacks again.
+            output = self.trainer.predict(eval_dataloader.dataset, metric_key_prefix=f"{prefix}_ema")
+        metrics.update(output.metrics)
+        self.trainer.log(output.metrics)
 
     def on_save(self, args, state, control, **kwargs):
         # Usually it is there already; a checkpoint that is saved for its score is known only now.
-        if not (_checkpoint_folder(args.output_dir, state.global_step) / EMA_NAME).exists():
+        if self.saved_step != state.global_step:
             self._save(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -179,19 +188,13 @@ class EMACallback(TrainerCallback):
     @contextmanager
     def weights(self, model: nn.Module) -> Iterator[nn.Module]:
         """`with ema.weights(model):` the model has the averaged weights; afterwards its own again."""
-        self._swap(model)
+        parameters = {name: parameter for name, parameter in model.named_parameters() if name in self.average}
+        own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        _copy(self.average, parameters)
         try:
             yield model
         finally:
-            self._swap(model)
-
-    @torch.no_grad()
-    def _swap(self, model: nn.Module):
-        parameters = dict(model.named_parameters())
-        for name, average in self.average.items():
-            own = parameters[name].detach().clone()
-            parameters[name].copy_(average)
-            average.copy_(own)
+            _copy(own, parameters)
 
     def _save_if_due(self, args, state, control):
         # Before Trainer writes the checkpoint, whose last file then says that it is complete (`find_last_checkpoint`).
@@ -206,10 +209,10 @@ class EMACallback(TrainerCallback):
         path = folder / f"{EMA_NAME}.{os.getpid()}.part"
         save_file({name: average.contiguous() for name, average in self.average.items()}, path)
         path.replace(folder / EMA_NAME)
+        self.saved_step = state.global_step
 
     def _read(self, checkpoint: Path):
-        for name, tensor in _read_ema(checkpoint, self.average).items():
-            self.average[name].copy_(tensor)
+        _copy(_read_ema(checkpoint, self.average), self.average)
 
 
 def load_ema(model: PreTrainedModel, checkpoint: str | os.PathLike) -> PreTrainedModel:
@@ -221,10 +224,14 @@ def load_ema(model: PreTrainedModel, checkpoint: str | os.PathLike) -> PreTraine
         ValueError: the file is not of this model.
     """
     parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in _read_ema(Path(checkpoint), parameters).items():
-            parameters[name].copy_(tensor)
+    _copy(_read_ema(Path(checkpoint), parameters), parameters)
     return model
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]):
+    for name, tensor in source.items():
+        target[name].copy_(tensor)
 
 
 def _read_ema(checkpoint: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -317,6 +324,14 @@ class TemporalActionTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        self.resumed_from = resume_from_checkpoint  # `EMACallback` reads its average there
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(self, *args, **kwargs):
+        self.model.train()  # an evaluation, or loading, has left it in evaluation mode, where nothing is counted
+        return super().get_batch_samples(*args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {name: value for name, value in inputs.items() if name not in ("video_ids", "geometry")}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -393,3 +408,95 @@ def detections_of(prediction: EvalPrediction) -> tuple[dict, dict]:
         found[index] = {"segments": rows[:, :2], "scores": rows[:, 2], "labels": rows[:, 3].astype(np.int64)}
         truth[index] = {"segments": own[:, :2], "labels": own[:, 2].astype(np.int64)}
     return found, truth
+
+
+# --- Adapters -------------------------------------------------------------------------------------------------------
+
+
+def register_peft_defaults():
+    """Tells PEFT which layers LoRA, DoRA and IA3 adapt where a config names none: the projections of attention and MLPs
+    (IA3: keys, values and what enters `down_proj`). Done when this module is imported; without PEFT, nothing happens."""
+    try:
+        from peft.utils import constants
+    except ImportError:
+        return
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    kind = ConvTransformerConfig.model_type
+    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind] = projections
+    constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[kind] = ["k_proj", "v_proj", "down_proj"]
+    constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[kind] = ["down_proj"]
+
+
+register_peft_defaults()
+
+
+def adapt_convolutions(config: "LoraConfig") -> "LoraConfig":
+    """
+    Lets LoRA and DoRA adapt dense convolutions too, if `config.target_modules` names some. PEFT's own layer knows plain
+    convolutions of (batch, channels, time) only; ours get (batch, time, channels) and a padding mask, and may be causal.
+
+    A config cannot be saved with this. To load such an adapter, say it again, or merge the adapter before saving:
+
+        config = adapt_convolutions(LoraConfig.from_pretrained(adapter))
+        model = PeftModel.from_pretrained(base, adapter, config=config)
+
+    Returns:
+        the same config.
+
+    Raises:
+        ValueError: when a model gets the adapter: a target is a depthwise convolution, or `lora_dropout` is not 0.
+    """
+    config._register_custom_module({MaskedConv1d: _convolution_adapter()})
+    return config
+
+
+@functools.cache
+def _convolution_adapter() -> type:
+    from peft.tuners.lora.layer import Conv1d
+
+    class AdaptedConv1d(Conv1d):
+        """The convolution with an adapted kernel (which is small), so that padding, stride and causality are its own."""
+
+        def __init__(self, base_layer, *args, **kwargs):
+            if base_layer.groups > 1:
+                raise ValueError(
+                    f"target_modules names a depthwise convolution ({base_layer.groups} channels, each with a kernel of "
+                    "its own), which has no low rank to adapt. Name dense ones, or put it into modules_to_save."
+                )
+            super().__init__(base_layer, *args, **kwargs)
+
+        def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs):
+            layer = self.get_base_layer()
+            if config.lora_dropout:
+                raise ValueError(
+                    "lora_dropout must be 0 where convolutions are adapted: their kernels are, not inputs."
+                )
+            kind = layer.__class__
+            layer.__class__ = nn.Conv1d  # PEFT makes both factors of the layer's class, with the arguments of this one
+            try:
+                super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+            finally:
+                layer.__class__ = kind
+
+        def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+            if self.disable_adapters and self.merged:
+                self.unmerge()
+            layer = self.get_base_layer()
+            weight = layer.weight
+            if not self.disable_adapters and not self.merged:
+                changes = [self.kernel_change(name) for name in self.active_adapters if name in self.lora_A]
+                weight = weight + sum(changes).to(weight.dtype) if changes else weight
+            return torch.func.functional_call(layer, {"weight": weight}, (x, padding))
+
+        def kernel_change(self, adapter_name: str) -> torch.Tensor:
+            """What the adapter adds to the kernel, (out channels, in channels, kernel size)."""
+            weight, change = self.get_base_layer().weight, self.get_delta_weight(adapter_name)
+            if adapter_name not in self.lora_magnitude_vector:
+                return change
+            # DoRA: the direction of each output channel's kernel, times a learned length. Gradients do not pass the norm
+            # (section 4.3 of https://arxiv.org/abs/2402.09353).
+            adapted = weight + change
+            norm = adapted.detach().flatten(1).norm(dim=1)[:, None, None]
+            return self.lora_magnitude_vector[adapter_name].weight.view_as(norm) / norm * adapted - weight
+
+    return AdaptedConv1d
