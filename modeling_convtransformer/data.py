@@ -771,11 +771,10 @@ class DataCollator:
                 [item["features"] for item in items], names=video_ids, return_tensors="pt", **padding
             )
         )
+        # Copies, because an Arrow dataset's arrays are read-only.
         batch["labels"] = [
             {
-                "segments": torch.tensor(
-                    np.asarray(item["segments"]), dtype=torch.float32
-                ),  # copies: Arrow's are read-only
+                "segments": torch.tensor(np.asarray(item["segments"]), dtype=torch.float32),
                 "class_labels": torch.tensor(np.asarray(item["class_labels"]), dtype=torch.long),
             }
             for item in items

@@ -1,9 +1,12 @@
 """Annotations, feature files, augmentation against v1's numbers, the collator and the spliced watch sessions."""
 
 import copy
+import io
 import json
+import math
 import random
 import sys
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,16 +19,24 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 
 from modeling_convtransformer import ConvTransformerConfig, ConvTransformerForTemporalActionLocalization
+from modeling_convtransformer import data as data_module
 from modeling_convtransformer.data import (
+    SBHAR_LABELS,
     WATCH_LABELS,
+    CroppedDataset,
     DataCollator,
+    SensorAugmentation,
+    SensorDataset,
     TemporalActionDataset,
     WatchDataset,
     label_names,
     load_annotations,
+    load_sbhar,
     load_watch_recordings,
     resize_features,
     splice_watch_session,
+    suggest_config,
+    to_hf_dataset,
     truncate_features,
     validate_annotations,
     window_features,
@@ -940,3 +951,759 @@ def test_watch_batches_train_the_model(recordings):
     loss = ConvTransformerForTemporalActionLocalization(config)(**batch).loss
     assert torch.isfinite(loss)
     assert len(batch["labels"][0]["segments"]) == 7
+
+
+# --- Arrow datasets -------------------------------------------------------------------------------------------------
+
+
+def as_plain(item):
+    """An item with NumPy arrays and plain numbers, whatever it was made of."""
+    plain = {name: np.asarray(item[name]) for name in ("features", "segments", "class_labels")}
+    geometry = {name: None if value is None else float(value) for name, value in item["geometry"].items()}
+    return {**plain, "video_id": str(item["video_id"]), "geometry": geometry}
+
+
+def assert_same_item(found, wanted):
+    found, wanted = as_plain(found), as_plain(wanted)
+    assert found["video_id"] == wanted["video_id"]
+    assert found["geometry"] == wanted["geometry"]
+    for name in ("features", "segments", "class_labels"):
+        assert (found[name].dtype, found[name].shape) == (wanted[name].dtype, wanted[name].shape)
+        np.testing.assert_array_equal(found[name], wanted[name])
+
+
+@pytest.fixture
+def stored(folder):
+    """The dataset, whose second video has no segment and whose third has no duration, and the same as an Arrow dataset."""
+    pytest.importorskip("datasets", reason="Arrow datasets need the package datasets")
+    annotations = good_annotations()
+    del annotations["database"]["video_3"]["duration"]
+    np.save(folder / "video_2.npy", features_of(2, length=60))
+    dataset = TemporalActionDataset(annotations, folder, **GEOMETRY)
+    return dataset, to_hf_dataset(dataset)
+
+
+def test_arrow_items_are_the_items(stored, tmp_path):
+    import datasets
+
+    dataset, arrow = stored
+    assert arrow.features["class_labels"].feature.names == ["CliffDiving", "Diving", "Billiards"]
+    arrow.save_to_disk(tmp_path / "arrow")
+    kept = datasets.load_from_disk(tmp_path / "arrow")
+    assert kept.features["class_labels"].feature.names == ["CliffDiving", "Diving", "Billiards"]
+    arrow.to_parquet(tmp_path / "part.parquet")
+    streamed = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "part.parquet"), split="train", streaming=True, features=arrow.features
+    )
+    ways = {
+        "made": list(arrow.with_format("numpy")),
+        "from disk": list(kept.with_format("numpy")),
+        "iterable": list(kept.to_iterable_dataset().with_format("numpy")),
+        "streamed": list(streamed.with_format("numpy")),
+    }
+    collate = DataCollator(feature_extractor(6, fps=30, **GEOMETRY), return_metadata=True)
+    wanted = collate([dataset[index] for index in range(3)])
+    assert wanted["geometry"][2]["duration"] is None
+    for items in ways.values():
+        assert len(items) == 3
+        for found, index in zip(items, range(3), strict=True):
+            assert_same_item(found, dataset[index])
+        batch = collate(items)
+        assert batch["geometry"] == wanted["geometry"]
+        assert batch["video_ids"] == wanted["video_ids"]
+        assert torch.equal(batch["input_features"], wanted["input_features"])
+        for own, other in zip(batch["labels"], wanted["labels"], strict=True):
+            assert torch.equal(own["segments"], other["segments"])
+            assert torch.equal(own["class_labels"], other["class_labels"])
+            assert own["class_labels"].dtype == torch.long
+        # What the model gives for such a batch is turned into seconds, by geometries that were NumPy's.
+        outputs = {"logits": torch.zeros(3, 5, 3), "pred_segments": torch.tensor([1.0, 3.0]).expand(3, 5, 2)}
+        results = collate.feature_extractor.post_process_temporal_action_localization(outputs, batch["geometry"])
+        # ((1, 3) * 4 + 8) / fps
+        for result, fps in zip(results, (30, 30, 25), strict=True):
+            np.testing.assert_allclose(result["segments"][0], [12 / fps, 20 / fps], rtol=1e-6)
+
+
+def test_arrow_dataset_is_not_taken_from_an_old_cache(stored, folder):
+    """datasets keeps what equal arguments gave: but a file of features may have been extracted anew."""
+    dataset, _ = stored
+    np.save(folder / "video_1.npy", features_of(7))
+    again = to_hf_dataset(dataset).with_format("numpy")
+    np.testing.assert_array_equal(again[0]["features"], features_of(7))
+
+
+def test_arrow_dataset_needs_all_class_names(folder):
+    pytest.importorskip("datasets", reason="Arrow datasets need the package datasets")
+    names = {"CliffDiving": 0, "Diving": 1, "Billiards": 5}
+    with pytest.raises(ValueError, match="The class id 2 has no name"):
+        to_hf_dataset(TemporalActionDataset(good_annotations(), folder, label2id=names, **GEOMETRY))
+
+
+def test_datasets_missing(monkeypatch, folder):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "modeling-convtransformer\[train\]"'):
+        to_hf_dataset(TemporalActionDataset(good_annotations(), folder, **GEOMETRY))
+
+
+def test_cropped_items_are_those_of_the_dataset_itself(stored, folder):
+    """An Arrow dataset, cut afterwards, gives what TemporalActionDataset gives when it trains, draw for draw."""
+    dataset, arrow = stored
+    for cuts in ({"max_seq_len": 20, "trunc_thresh": 0.3}, {"max_seq_len": 500, "crop_ratio": (0.4, 0.9)}):
+        direct = TemporalActionDataset(
+            good_annotations(),
+            folder,
+            training=True,
+            seed=3,
+            **cuts,
+            **GEOMETRY,
+        )
+        cropped = CroppedDataset(arrow.with_format("numpy"), **cuts, seed=3)
+        assert len(cropped) == 3
+        lengths = set()
+        for epoch in (0, 1, 1):
+            direct.set_epoch(epoch), cropped.set_epoch(epoch)
+            for index in (0, 2, 1, 0, -1):
+                found, wanted = cropped[index], direct[index]
+                wanted["geometry"]["duration"] = found["geometry"]["duration"]  # that of the third is missing here
+                assert_same_item(found, wanted)
+                lengths.add(len(found["features"]))
+        assert (len(lengths) > 3) == ("crop_ratio" in cuts)
+    whole = CroppedDataset(arrow.with_format("numpy"))
+    assert_same_item(whole[0], dataset[0])
+
+
+# --- Recordings of sensors ------------------------------------------------------------------------------------------
+
+SENSOR = {"window": 10, "stride": 4, "fps": 20.0}
+
+
+def draw(augmentation, signal, segments=((2.0, 3.0),), seed=0):
+    rng = np.random.default_rng(seed)
+    return augmentation(signal, np.array(segments), SENSOR["window"], SENSOR["stride"], SENSOR["fps"], rng)
+
+
+def test_no_augmentation_changes_nothing():
+    signal = features_of(0, length=100)
+    found, segments = draw(SensorAugmentation(shift=False), signal)
+    np.testing.assert_array_equal(found, signal)
+    np.testing.assert_array_equal(segments, [[2.0, 3.0]])
+
+
+def test_shift_moves_windows_and_segments_together():
+    signal, starts = features_of(0, length=100), []
+    for seed in range(60):
+        found, segments = draw(SensorAugmentation(), signal, seed=seed)
+        start = len(signal) - len(found)
+        np.testing.assert_array_equal(found, signal[start:])
+        np.testing.assert_allclose(segments, [[2.0 - start / 20, 3.0 - start / 20]], rtol=1e-12)
+        starts.append(start)
+    assert {*starts} == {0, 1, 2, 3}  # all of the stride, and no more
+    # Short recordings keep a window.
+    assert {len(draw(SensorAugmentation(), signal[:12], seed=seed)[0]) for seed in range(20)} == {11, 12}
+    assert len(draw(SensorAugmentation(), signal[:10])[0]) == 10
+
+
+def test_speed_stretches_signal_and_segments_together():
+    time = np.arange(400, dtype=np.float32)
+    signal = np.stack([time, np.sin(time / 20)], axis=1)
+    factors = []
+    for seed in range(40):
+        found, segments = draw(SensorAugmentation(speed=0.2, shift=False), signal, seed=seed)
+        factor = float(found[1, 0])  # the ramp says which sample each one was
+        factors.append(factor)
+        places = np.arange(len(found)) * factor
+        assert places[-1] <= 399 < places[-1] + 2 * factor  # all of the recording is played
+        np.testing.assert_allclose(found[:, 0], places, rtol=1e-6, atol=0)
+        # Linear interpolation is off by an eighth of the second derivative.
+        np.testing.assert_allclose(found[:, 1], np.sin(places / 20), rtol=0, atol=1 / 8 / 400 + 1e-6)
+        np.testing.assert_allclose(segments, [[2.0 / factor, 3.0 / factor]], rtol=1e-6)
+        assert found.dtype == np.float32
+    assert math.exp(-0.2) <= min(factors) < 0.87
+    assert 1.15 < max(factors) <= math.exp(0.2)
+
+
+@pytest.mark.parametrize("samples", [10, 11, 12, 14])
+def test_speed_leaves_a_window(samples):
+    signal = np.arange(samples, dtype=np.float32)[:, None]
+    for seed in range(50):
+        found, segments = draw(SensorAugmentation(speed=0.5), signal, segments=[[0.1, 0.3]], seed=seed)
+        assert len(found) >= SENSOR["window"]
+        assert found.min() >= 0
+        assert found.max() <= samples - 1
+        assert np.diff(segments)[0] > 0
+
+
+class Exactly:
+    """A generator that draws what it is told."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def uniform(self, low, high):
+        return self.value
+
+
+def test_speed_does_not_step_past_the_end():
+    """10 samples in 12 steps of 10 / 12: rounding puts a thirteenth step onto the last sample, which has no next one."""
+    for samples in range(11, 100):
+        signal = np.arange(samples, dtype=np.float32)[:, None]
+        for count in range(samples - 1, samples + 20):
+            speed = Exactly(math.log((samples - 1) / count))
+            found, _ = SensorAugmentation(speed=0.9, shift=False)(signal, np.zeros((0, 2)), 10, 4, 20.0, speed)
+            assert len(found) in (count, count + 1)
+            np.testing.assert_allclose(found[:, 0], np.arange(len(found)) * (samples - 1) / count, rtol=1e-5)
+
+
+def test_rotation_is_the_same_for_all_sensors():
+    signal = features_of(0, length=200).astype(np.float64)
+    angles = []
+    for seed in range(400):
+        found, _ = draw(SensorAugmentation(rotation=0.3, shift=False), signal, seed=seed)
+        first, second = found[:, :3], found[:, 3:]
+        # The rotation that the first sensor shows, by least squares, turns the second one too.
+        matrix = np.linalg.lstsq(signal[:, :3], first, rcond=None)[0].T
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(3), rtol=0, atol=1e-6)  # the matrix is float32
+        assert np.linalg.det(matrix) == pytest.approx(1, abs=1e-6)  # no mirror
+        np.testing.assert_allclose(second, signal[:, 3:] @ matrix.T, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(first, axis=1), np.linalg.norm(signal[:, :3], axis=1), rtol=1e-6)
+        angles.append(math.acos(min(1.0, (np.trace(matrix) - 1) / 2)))
+    # The squared angle is a sum of three squares of normal numbers: 3 * 0.09 on average, give or take 2 * 0.011.
+    assert np.mean(np.square(angles)) == pytest.approx(0.27, abs=0.035)
+    found, _ = draw(SensorAugmentation(rotation=0.3, shift=False), signal[:, :4])
+    np.testing.assert_array_equal(found, signal[:, :4])  # no axes to turn
+
+
+def test_gain_is_one_factor_a_channel():
+    signal = features_of(0, length=100)
+    gains = []
+    for seed in range(50):
+        found, segments = draw(SensorAugmentation(gain=0.2, shift=False), signal, seed=seed)
+        ratio = found / signal
+        np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:1], ratio.shape), rtol=1e-5)
+        gains.append(ratio[0])
+        np.testing.assert_array_equal(segments, [[2.0, 3.0]])
+    assert 0.8 <= np.min(gains) < 0.82
+    assert 1.18 < np.max(gains) <= 1.2
+    assert np.abs(np.corrcoef(np.array(gains).T) - np.eye(6)).max() < 0.6  # each channel its own
+
+
+def test_noise_has_its_deviation():
+    signal = np.full((20_000, 3), 5.0, np.float32)
+    found, _ = draw(SensorAugmentation(noise=0.1, shift=False), signal)
+    noise = (found - signal).astype(np.float64)
+    # Of 20,000 numbers the mean is off by 0.0007 and the deviation by 0.0005: four times that.
+    assert np.abs(noise.mean(axis=0)).max() < 0.003
+    np.testing.assert_allclose(noise.std(axis=0), 0.1, rtol=0, atol=0.002)
+    assert np.abs(np.corrcoef(noise.T) - np.eye(3)).max() < 0.03
+    assert abs(np.corrcoef(noise[1:, 0], noise[:-1, 0])[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"speed": 1.0}, "speed"),
+        ({"gain": -0.1}, "gain"),
+        ({"noise": float("nan")}, "noise"),
+        ({"rotation": "a"}, "rotation"),
+    ],
+)
+def test_augmentation_out_of_range(settings, name):
+    with pytest.raises(ValueError, match=f"{name} is .*; expected a number"):
+        SensorAugmentation(**settings)
+
+
+CODE = (
+    10.0  # the length of the vector of each sensor is 10 in class 0, 20 in class 1 and so on, and 0 between segments
+)
+
+
+@st.composite
+def coded_recordings(draw_value):
+    """A signal that says at each sample which class it is, and its segments (seconds, on whole samples)."""
+    rng = np.random.default_rng(draw_value(st.integers(0, 2**32 - 1)))
+    lengths = draw_value(st.lists(st.integers(1, 40), min_size=1, max_size=9))
+    samples = max(sum(lengths), SENSOR["window"])
+    directions = rng.normal(size=(samples, 2, 3))
+    directions /= np.linalg.norm(directions, axis=2, keepdims=True)
+    directions = np.repeat(directions[:1], samples, axis=0)  # so that values between two samples are theirs
+    strength, segments, labels, start = np.zeros(samples), [], [], 0
+    for number, length in enumerate(lengths):
+        if number % 2:
+            label = int(rng.integers(3))
+            strength[start : start + length] = CODE * (label + 1)
+            segments.append([start / SENSOR["fps"], (start + length) / SENSOR["fps"]])
+            labels.append("abc"[label])
+        start += length
+    return (directions * strength[:, None, None]).reshape(samples, 6).astype(np.float32), segments, labels
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    recording=coded_recordings(),
+    seed=st.integers(0, 1000),
+    speed=st.sampled_from([0.0, 0.1, 0.4]),
+    shift=st.booleans(),
+)
+def test_segments_stay_where_their_signal_is(recording, seed, speed, shift):
+    signal, segments, labels = recording
+    annotations = {
+        "labels": ["a", "b", "c"],
+        "database": {
+            "r": {
+                "subset": "training",
+                "annotations": [annotation(name, *one) for name, one in zip(labels, segments, strict=True)],
+            }
+        },
+    }
+    dataset = SensorDataset(
+        {"r": signal},
+        annotations,
+        **SENSOR,
+        training=True,
+        augmentation=SensorAugmentation(speed=speed, rotation=0.3, gain=0.03, noise=0.01, shift=shift),
+        seed=seed,
+    )
+    item = dataset[0]
+    window, stride, fps = SENSOR["window"], SENSOR["stride"], SENSOR["fps"]
+    windows = item["features"].reshape(len(item["features"]), window, 2, 3)
+    strength = np.linalg.norm(windows, axis=3).mean(axis=(1, 2))
+    assert item["geometry"]["duration"] * fps == pytest.approx(len(windows) * stride + window, abs=stride)
+    first = np.arange(len(windows)) * stride  # samples that each window begins and ends with
+    outside = np.ones(len(windows), dtype=bool)
+    for (start, end), label in zip(item["segments"].astype(float), item["class_labels"], strict=True):
+        # From the grid to samples, and one sample less: between two samples, speed mixes them.
+        begin, stop = start * stride + window / 2, end * stride + window / 2
+        assert -1e-3 <= begin < stop <= item["geometry"]["duration"] * fps + 1e-3
+        inside = (first >= begin + 1) & (first + window <= stop - 1)
+        # Gain changes a length by 3 % at most, noise by less than 0.1.
+        np.testing.assert_allclose(strength[inside], CODE * (label + 1), rtol=0.03, atol=0.1)
+        outside &= (first >= stop + 2) | (first + window <= begin - 2)
+    # Between segments there is nothing but noise; one that was cut off may leave its rest at either end.
+    if len(item["segments"]) == len(segments):
+        assert (strength[outside] < 0.1).all()
+    else:
+        assert shift or speed
+        assert len(segments) - len(item["segments"]) <= 2
+
+
+def sensor_recordings():
+    signals = {name: features_of(number, length=100 + 7 * number) for number, name in enumerate("pqr")}
+    database = {
+        "p": {
+            "subset": "training",
+            "fps": 20,
+            "duration": 5.0,
+            "annotations": [annotation("walk", 1.0, 2.0), annotation("run", 3.0, 4.5)],
+        },
+        "q": {"subset": "training", "fps": 20, "duration": 5.35, "annotations": []},
+        "r": {"subset": "validation", "fps": 10, "duration": 11.4, "annotations": [annotation("run", 2.0, 9.0)]},
+    }
+    return signals | {"unused": np.zeros((3, 2))}, {"labels": ["walk", "run"], "database": database}
+
+
+def test_sensor_items_by_hand():
+    signals, annotations = sensor_recordings()
+    dataset = SensorDataset(signals, annotations, window=10, stride=4)
+    assert dataset.video_ids == ["p", "q", "r"]
+    assert (len(dataset), dataset.feature_size, dataset.id2label) == (3, 60, {0: "walk", 1: "run"})
+    item = dataset[0]
+    np.testing.assert_array_equal(item["features"], window_features(signals["p"], 10, 4))
+    # (1 s * 20 - 5) / 4 = 3.75 and so on
+    assert item["segments"].tolist() == [[3.75, 8.75], [13.75, 21.25]]
+    assert item["class_labels"].tolist() == [0, 1]
+    assert (item["segments"].dtype, item["class_labels"].dtype, item["features"].dtype) == (
+        np.float32,
+        np.int64,
+        np.float32,
+    )
+    assert item["geometry"] == {"fps": 20.0, "feature_stride": 4, "num_frames": 10, "duration": 5.0}
+    assert dataset[1]["segments"].shape == (0, 2)
+    assert dataset[-1]["segments"].tolist() == [[3.75, 21.25]]  # 10 samples a second here
+    assert SensorDataset(signals, annotations, "validation", window=10, stride=4).video_ids == ["r"]
+    assert dataset.ground_truth()["r"]["segments"].tolist() == [[2.0, 9.0]]
+    with pytest.raises(IndexError):
+        dataset[3]
+    # Training without augmentation, or one that does nothing, changes nothing.
+    for augmentation in (None, SensorAugmentation(shift=False)):
+        training = SensorDataset(signals, annotations, window=10, stride=4, training=True, augmentation=augmentation)
+        for index in range(3):
+            assert_same_item(training[index] | {"geometry": dataset[index]["geometry"]}, dataset[index])
+
+
+def test_segments_that_a_shift_cuts_off():
+    """At least half of a segment must be left; what is left is clipped to the recording."""
+    signal = features_of(0, length=100)
+    annotations = {
+        "database": {"p": {"subset": "a", "annotations": [annotation("x", 0.0, 0.1), annotation("x", 0.0, 0.2)]}}
+    }
+    dataset = SensorDataset(
+        {"p": signal}, annotations, window=10, stride=4, fps=20.0, training=True, augmentation=SensorAugmentation()
+    )
+    seen = {}
+    for _ in range(40):
+        item = dataset[0]
+        start = next(at for at in range(4) if np.array_equal(item["features"], window_features(signal[at:], 10, 4)))
+        seen[start] = ((item["segments"] * 4 + 5).tolist(), item["geometry"]["duration"])  # in samples
+    # Samples 0 to 2, and 0 to 4, after the first 0 to 3 samples are gone.
+    assert seen == {
+        0: ([[0, 2], [0, 4]], 5.0),
+        1: ([[0, 1], [0, 3]], 4.95),
+        2: ([[0, 2]], 4.9),
+        3: ([], 4.85),
+    }
+
+
+def augmented_sensors(seed=0):
+    signals, annotations = sensor_recordings()
+    augmentation = SensorAugmentation(speed=0.1, rotation=0.1, gain=0.1, noise=0.1)
+    return SensorDataset(
+        signals, annotations, window=10, stride=4, training=True, augmentation=augmentation, seed=seed
+    )
+
+
+def test_sensor_training_draws_by_seed_epoch_and_access():
+    def values(dataset, count=3):
+        return [float(dataset[index]["features"][0, 0]) for _ in range(count) for index in range(3)]
+
+    first, again, other = augmented_sensors(), augmented_sensors(), augmented_sensors(seed=1)
+    drawn = values(first)
+    assert len({*drawn}) == 9
+    assert values(again) == drawn
+    assert not {*values(other)} & {*drawn}
+    first.set_epoch(1)
+    later = values(first)
+    assert not {*later} & {*drawn}
+    first.set_epoch(0)
+    assert values(first) == drawn
+    # One recording by itself: what others drew does not matter.
+    again.set_epoch(1)
+    assert float(again[2]["features"][0, 0]) == later[2]
+
+
+def test_sensor_workers_draw_as_one_process_does():
+    def values(loader):
+        return [float(item["features"][0, 0]) for item in loader]
+
+    alone, shared = augmented_sensors(), augmented_sensors()
+    expected = [values(alone) for _ in range(2)]
+    loader = DataLoader(shared, batch_size=None, num_workers=2)
+    assert [values(loader) for _ in range(2)] == expected
+    shared.set_epoch(0)
+    assert values(loader) == expected[0]
+
+
+def test_sensor_errors_name_the_recording():
+    def make(change=None, **settings):
+        signals, annotations = sensor_recordings()
+        if change is not None:
+            change(signals, annotations["database"])
+        return SensorDataset(signals, annotations, **{"window": 10, "stride": 4, **settings})
+
+    def narrow(signals, database):
+        signals["q"] = signals["q"][:, :5]
+
+    def flat(signals, database):
+        signals["q"] = signals["q"][:, 0]
+
+    def short(signals, database):
+        signals["r"] = signals["r"][:9]
+
+    def backwards(signals, database):
+        database["p"]["annotations"][1]["segment"] = [3, 2]
+
+    for change, message in (
+        (narrow, r"q: the signal has shape \(107, 5\); expected \(samples, 6\)"),
+        (flat, r"q: the signal has shape \(107,\)"),
+        (short, r"r: the signal has shape \(9, 6\).* one window of 10 samples"),
+        (backwards, r"p: the segment \[3\.0, 2\.0\] is not"),
+        (lambda signals, database: database["r"].pop("fps"), r"r: its entry says fps None"),
+        (lambda signals, database: database["r"].update(annotations=[annotation("fly", 1, 2)]), r"r: .*'fly'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(change)
+    with pytest.raises(KeyError, match=r"1 of 3 annotated recordings have no signal: \['q'\]"):
+        make(lambda signals, database: signals.pop("q"))
+    with pytest.raises(ValueError, match=r"There is no subset \['testing'\]"):
+        make(split="testing")
+    with pytest.raises(ValueError, match="no recording to read"):
+        make(lambda signals, database: database.clear())
+    with pytest.raises(ValueError, match=r"r: label2id has no \['run'\]"):
+        make(split="validation", label2id={"walk": 0})
+
+
+# --- SBHAR ----------------------------------------------------------------------------------------------------------
+
+
+def write_raw_sbhar(folder):
+    """Two recordings in the archive's layout: person 3's (training) and person 16's (validation)."""
+    raw = folder / "RawData"
+    raw.mkdir(parents=True)
+    signals = {}
+    for number, name in enumerate(("exp05_user03", "exp31_user16")):
+        signals[name] = features_of(number, length=300 + number).round(6)
+        for kind, columns in (("acc", slice(0, 3)), ("gyro", slice(3, 6))):
+            np.savetxt(raw / f"{kind}_{name}.txt", signals[name][:, columns], fmt="%.8f")
+    (raw / "labels.txt").write_text("5 3 5 1 100\n5 3 7 101 150\n31 16 12 251 300\n31 16 1 51 250 \n")
+    return signals
+
+
+# Samples count from 1, both ends included: 1 to 100 is 0 s to 2 s at 50 Hz.
+SBHAR_SEGMENTS = {
+    "exp05_user03": [("STANDING", 4, [0.0, 2.0]), ("STAND_TO_SIT", 6, [2.0, 3.0])],
+    "exp31_user16": [("LIE_TO_STAND", 11, [5.0, 6.0]), ("WALKING", 0, [1.0, 5.0])],
+}
+
+
+def assert_is_sbhar(found, signals):
+    arrays, annotations = found
+    assert {*arrays} == {*annotations["database"]} == {*signals}
+    assert annotations["labels"] == SBHAR_LABELS
+    for name, signal in signals.items():
+        assert arrays[name].dtype == np.float32
+        np.testing.assert_array_equal(arrays[name], signal)
+        entry = annotations["database"][name]
+        rows = [(one["label"], one["label_id"], one["segment"]) for one in entry["annotations"]]
+        assert rows == SBHAR_SEGMENTS[name]
+        assert (entry["fps"], entry["duration"]) == (50.0, len(signal) / 50)
+    entries = annotations["database"]
+    assert [(entries[name]["subset"], entries[name]["person"]) for name in signals] == [
+        ("training", 3),
+        ("validation", 16),
+    ]
+    assert validate_annotations(annotations) == []
+
+
+def zip_of(folder, names=None):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        for path in sorted(folder.rglob("*.txt")):
+            file.write(path, path.relative_to(folder))
+        for name, inner in (names or {}).items():
+            file.writestr(name, inner)
+    return content.getvalue()
+
+
+def test_sbhar_from_its_text_files_and_from_arrays(tmp_path):
+    signals = write_raw_sbhar(tmp_path / "deep" / "down")
+    found = load_sbhar(tmp_path)
+    assert_is_sbhar(found, signals)
+    np.savez(tmp_path / "signals.npz", **found[0])
+    (tmp_path / "annotations.json").write_text(json.dumps(found[1]))
+    (tmp_path / "deep" / "down" / "RawData" / "labels.txt").unlink()
+    assert_is_sbhar(load_sbhar(tmp_path), signals)
+    dataset = SensorDataset(*load_sbhar(tmp_path), "training", window=50, stride=25)
+    assert (dataset.video_ids, dataset.feature_size, len(dataset.id2label)) == (["exp05_user03"], 300, 12)
+
+
+def test_sbhar_files_that_are_not_its_own(tmp_path):
+    write_raw_sbhar(tmp_path)
+    raw = tmp_path / "RawData"
+    for rows, message in (
+        ("5 3 5 1", "must have rows of five"),
+        ("5 3 13 1 9", "activity 1 to 12"),
+        ("5 31 1 1 9", r"people \[31\]"),
+    ):
+        (raw / "labels.txt").write_text(rows)
+        with pytest.raises(ValueError, match=message):
+            load_sbhar(tmp_path)
+    (raw / "labels.txt").write_text("5 3 5 1 100")
+    np.savetxt(raw / "gyro_exp05_user03.txt", np.zeros((299, 3)))
+    with pytest.raises(ValueError, match="exp05_user03: expected two files of three columns"):
+        load_sbhar(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere holds no SBHAR recordings.*download=True"):
+        load_sbhar(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_sbhar_download(tmp_path, monkeypatch, wrapped):
+    signals = write_raw_sbhar(tmp_path / "source")
+    content = zip_of(tmp_path / "source")
+    if wrapped:  # as the archive does with some of its files
+        (tmp_path / "empty").mkdir()
+        content = zip_of(tmp_path / "empty", {"data.zip": content})
+    (tmp_path / "archive.zip").write_bytes(content)
+    monkeypatch.setattr(data_module, "SBHAR_URL", (tmp_path / "archive.zip").as_uri())
+    assert_is_sbhar(load_sbhar(tmp_path / "new" / "folder", download=True), signals)
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["annotations.json", "signals.npz"]
+    (tmp_path / "archive.zip").unlink()  # the next time it is not needed
+    assert_is_sbhar(load_sbhar(tmp_path / "new" / "folder", download=True), signals)
+
+
+class Broken(io.BytesIO):
+    """An answer of a server that sends half of what it promised, and hangs up or fails."""
+
+    def __init__(self, content, fails):
+        super().__init__(content[: len(content) // 2])
+        self.headers, self.fails = {"Content-Length": str(len(content))}, fails
+
+    def read(self, *size):
+        chunk = super().read(*size)
+        if not chunk and self.fails:
+            raise ConnectionResetError("reset by peer")
+        return chunk
+
+
+def test_sbhar_download_that_breaks_leaves_nothing(tmp_path, monkeypatch):
+    write_raw_sbhar(tmp_path / "source")
+    content, target = zip_of(tmp_path / "source"), tmp_path / "target"
+    for answer, error, message in (
+        (lambda url: Broken(content, fails=True), OSError, "reset by peer"),
+        (lambda url: Broken(content, fails=False), OSError, "broke off after"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(data_module.urllib.request, "urlopen", answer)
+            with pytest.raises(error, match=message):
+                load_sbhar(target, download=True)
+        assert not [*target.iterdir()]
+    other = tmp_path / "other"
+    other.mkdir()
+    for archive, message in (
+        (b"<html>moved</html>", "is no zip archive"),
+        (zip_of(other, {"readme.md": "moved"}), r"holds no RawData/labels\.txt"),
+    ):
+        (tmp_path / "archive.zip").write_bytes(archive)
+        monkeypatch.setattr(data_module, "SBHAR_URL", (tmp_path / "archive.zip").as_uri())
+        with pytest.raises(ValueError, match=message):
+            load_sbhar(target, download=True)
+        assert not [*target.iterdir()]
+    monkeypatch.setattr(data_module, "SBHAR_URL", (tmp_path / "nowhere.zip").as_uri())
+    with pytest.raises(OSError, match="nowhere"):
+        load_sbhar(target, download=True)
+    assert not [*target.iterdir()]
+
+
+# --- Choosing a pyramid ---------------------------------------------------------------------------------------------
+
+
+def made_annotations(lengths, fps=30.0, duration=None, seed=0):
+    """Segments of these lengths (seconds), one after the other with pauses, ten a video."""
+    rng, database = np.random.default_rng(seed), {}
+    for first in range(0, len(lengths), 10):
+        start, own = 0.0, []
+        for length in lengths[first : first + 10]:
+            start += rng.uniform(0.1, 3.0)
+            own.append(annotation(f"class{int(rng.integers(4))}", start, start + length))
+            start += length
+        database[f"v{first}"] = {"subset": "training", "fps": fps, "annotations": own}
+        if duration is None:
+            database[f"v{first}"]["duration"] = start + 5.0
+    labels = [f"class{number}" for number in range(4)]
+    return {"labels": labels, "database": database}
+
+
+def brute_force(annotations, fields, stride, num_frames):
+    """For each segment and level the number of points that may learn it, point by point."""
+    levels = len(fields["regression_range"])
+    rows = []
+    for entry in annotations["database"].values():
+        grid = [
+            [(value * entry["fps"] - num_frames / 2) / stride for value in one["segment"]]
+            for one in entry["annotations"]
+        ]
+        end = entry["duration"] * entry["fps"] / stride if "duration" in entry else max(one[1] for one in grid)
+        for start, stop in grid:
+            row = [0] * levels
+            for level, (shortest, longest) in enumerate(fields["regression_range"]):
+                for point in range(0, math.ceil(end), 2**level):
+                    near = abs(point - (start + stop) / 2) < 1.5 * 2**level
+                    farther = max(point - start, stop - point)
+                    row[level] += start < point < stop and near and shortest <= farther <= longest
+            rows.append(row)
+    return np.array(rows)
+
+
+THUMOS = {"stride": 4, "num_frames": 16}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "geometry", "duration", "levels"),
+    [
+        # 4 s of 7.5 features a second: 99 of 100 segments reach less than 4 * 2**3 features.
+        (np.random.default_rng(1).gamma(2.0, 2.0, 60).clip(0.4, 8.0), THUMOS, None, 4),
+        (np.random.default_rng(2).uniform(60, 240, 30), THUMOS, None, 9),  # minutes: 900 features of reach
+        (np.random.default_rng(3).uniform(0.02, 0.3, 30), THUMOS, None, 2),  # some shorter than a feature
+        (np.random.default_rng(4).uniform(1, 10, 20), {"stride": 25}, "none", 2),
+    ],
+    ids=["thumos", "long", "short", "no_duration"],
+)
+def test_suggested_pyramid_against_brute_force(lengths, geometry, duration, levels, capsys):
+    annotations = made_annotations(list(lengths), duration=duration)
+    fields = suggest_config(annotations, **geometry)
+    printed = capsys.readouterr().out
+    stride, num_frames = geometry["stride"], geometry.get("num_frames", geometry["stride"])
+    reach = np.quantile(lengths, 0.99) * 30 / stride / 2
+    assert reach <= 4 * 2 ** (levels - 1)
+    assert levels == 2 or reach > 4 * 2 ** (levels - 2)
+    assert fields["arch"] == [2, 2, levels - 1]
+    assert fields["num_labels"] == 4
+    bounds = [0, *(4 * 2**level for level in range(levels - 1)), 10000]
+    assert fields["regression_range"] == [list(pair) for pair in pairwise(bounds)]
+
+    wanted = brute_force(annotations, fields, stride, num_frames)
+    table = [line for line in printed.splitlines() if "%" in line and "[" in line]
+    assert len(table) == levels
+    for level, line in enumerate(table):
+        own = wanted[:, level]
+        share, each = (own > 0).mean(), own[own > 0].mean() if (own > 0).any() else 0.0
+        assert line.split()[:2] == [str(level), str(2**level)]
+        assert line.split()[-2:] == [f"{share:.1%}", f"{each:.1f}"]
+    nothing, short = int((wanted.sum(axis=1) == 0).sum()), int((lengths * 30 / stride < 1).sum())
+    assert f"{nothing} of {len(lengths)} segments teach nothing" in printed
+    assert (f"{short} are shorter than one feature" in printed) == (short > 0)
+    assert f"{len(lengths)} segments of 4 classes in {len(annotations['database'])} recordings" in printed
+
+    # The model that these fields make counts the same points. (Segments do not overlap.)
+    config = ConvTransformerConfig(**fields, n_in=3, n_embd=8, n_head=2, head_dim=8)
+    model = ConvTransformerForTemporalActionLocalization(config)
+    count = 0
+    for entry in annotations["database"].values():
+        grid = np.array([one["segment"] for one in entry["annotations"]]) * 30 / stride - num_frames / stride / 2
+        end = entry["duration"] * 30 / stride if "duration" in entry else grid.max()
+        labels = [{"segments": grid.tolist(), "class_labels": [0] * len(grid)}]
+        count += int(model.count_positives(torch.zeros(1, math.ceil(end), 3), None, labels))
+    assert count == wanted.sum()
+
+
+def test_suggestions_by_split_and_length(capsys):
+    annotations = made_annotations([5.0] * 20)
+    annotations["database"]["v10"]["subset"] = "testing"
+    for one in annotations["database"]["v10"]["annotations"]:
+        one["segment"][1] = one["segment"][0] + 0.05
+    short = suggest_config(annotations, stride=4, split="testing")
+    long = suggest_config(annotations, stride=4, split=["training"], embedding_and_stem=(1, 3))
+    assert short["arch"] == [2, 2, 1]
+    assert long["arch"] == [1, 3, 3]  # 18.75 features of reach: 4 * 2**3 and no less
+    of_short, of_long = capsys.readouterr().out.split("model:")[:2]
+    assert "10 are shorter than one feature" in of_short
+    assert "0 of 10 segments teach nothing." in of_long
+    for seconds, wanted in ((5, 64), (60, 512), (10_000, 2304)):  # at 7.5 features a second
+        annotations["database"]["v0"]["duration"] = annotations["database"]["v10"]["duration"] = float(seconds)
+        assert suggest_config(annotations, stride=4)["max_len"] == wanted
+
+
+def test_suggestions_from_a_file_and_errors(tmp_path, capsys):
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(made_annotations([5.0] * 5)))
+    fields = suggest_config(path, fps=60, stride=4)
+    printed = capsys.readouterr().out
+    assert "15 features a second" in printed
+    assert f"regression_range: {fields['regression_range']}" in printed
+    mixed = made_annotations([5.0] * 20)
+    mixed["database"]["v0"]["fps"] = 25.0
+    suggest_config(mixed, stride=4)
+    assert "several rates" in capsys.readouterr().out
+
+    annotations = made_annotations([5.0] * 5)
+    for change, options, message in (
+        (lambda e: e.update(annotations=[]), {}, "no annotated segment to look at"),
+        (lambda e: None, {"split": "testing"}, r"There is no subset \['testing'\]"),
+        (lambda e: None, {"stride": 0}, "stride must be a number of frames > 0"),
+        (lambda e: e.pop("fps"), {}, "v0: its entry says fps None"),
+        (lambda e: e["annotations"][0].update(segment=[3, 2]), {}, "v0: the segment"),
+    ):
+        changed = copy.deepcopy(annotations)
+        change(changed["database"]["v0"])
+        with pytest.raises(ValueError, match=message):
+            suggest_config(changed, **options)
+    with pytest.raises(ValueError, match="must hold"):
+        suggest_config({})

@@ -1,13 +1,26 @@
-"""The demo and its second half, as a user starts them: small, but the real scripts in processes of their own."""
+"""The demo and its second half, as a user starts them: small, but the real scripts in processes of their own. And
+train.py, most of it in this process, because starting one takes longer than training; killed in processes of its own."""
 
+import copy
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from modeling_convtransformer import ConvTransformerFeatureExtractor, ConvTransformerForTemporalActionLocalization
+from modeling_convtransformer.data import DataCollator, SensorDataset, to_hf_dataset
+from modeling_convtransformer.evaluation import evaluate_detections
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,8 +91,463 @@ def test_localize_prints_a_table_and_names_bad_input(demo, tmp_path):
     assert "there is no missing.npy" in result.stderr
 
 
-@pytest.mark.parametrize("script", ["watch_demo.py", "localize.py"])
+@pytest.mark.parametrize("script", ["watch_demo.py", "localize.py", "train.py"])
 def test_help_explains_itself(script, tmp_path):
     result = run(ROOT / "examples" / script, "--help", cwd=tmp_path)
     assert result.returncode == 0
     assert "python examples/" in result.stdout
+
+
+# --- train.py -------------------------------------------------------------------------------------------------------
+
+LABELS = ["low", "middle", "high"]
+FPS, WINDOW, STRIDE = 20.0, 10, 5
+
+RECIPE = {
+    "model": {
+        "n_in": 3 * WINDOW,
+        "n_embd": 16,
+        "n_head": 2,
+        "arch": [1, 1, 2],
+        "head_dim": 16,
+        "num_labels": 3,
+        "max_len": 64,
+        "init_loss_norm": 10,
+        "path_pdrop": 0.2,
+        "proj_pdrop": 0.1,
+    },
+    "feature_extractor": {
+        "feature_size": 3 * WINDOW,
+        "fps": FPS,
+        "feature_stride": STRIDE,
+        "num_frames": WINDOW,
+        "max_seg_num": 20,
+    },
+    "data": {"dataset": "sensors", "annotations": "annotations.json", "signals": "signals.npz"},
+    "training": {
+        "learning_rate": 5.0e-3,
+        "num_train_epochs": 3,
+        "warmup_epochs": 1,
+        "weight_decay": 0.05,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine",
+        "ema_decay": 0.9,
+        "seed": 0,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    },
+}
+AUGMENT = ["--augment_speed", "0.1", "--augment_rotation", "0.2", "--augment_gain", "0.1", "--augment_noise", "0.1"]
+AUGMENT += ["--augment_shift", "true"]
+
+
+def recordings(labels=LABELS):
+    """Six recordings to train on and three to evaluate, 12 to 19 s: noise, which in a segment lies higher by its class."""
+    rng, signals, database = np.random.default_rng(0), {}, {}
+    for index in range(9):
+        samples = int(FPS * (12 + index % 5 * 1.7))
+        values, annotations = rng.normal(size=(samples, 3)).astype(np.float32), []
+        for place in range(0 if index in (2, 7) else 2):  # one of either subset has no segment
+            start = 1.0 + 5 * place + rng.uniform(0, 1)
+            end, label = start + rng.uniform(1.5, 4.0), int(rng.integers(3))
+            values[round(start * FPS) : round(end * FPS)] += 2.0 * (label + 1)
+            annotations.append({"label": labels[label], "label_id": label, "segment": [start, end]})
+        signals[f"r{index}"] = values
+        database[f"r{index}"] = {
+            "subset": "training" if index < 6 else "validation",
+            "duration": samples / FPS,
+            "fps": FPS,
+            "annotations": annotations,
+        }
+    return signals, {"labels": labels, "database": database}
+
+
+def write_data(folder, recipe=RECIPE, labels=LABELS):
+    signals, annotations = recordings(labels)
+    np.savez(folder / "signals.npz", **signals)
+    (folder / "annotations.json").write_text(json.dumps(annotations))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+@pytest.fixture(scope="module")
+def script():
+    pytest.importorskip("accelerate", reason="training needs its extra")
+    specification = importlib.util.spec_from_file_location("examples_train", ROOT / "examples" / "train.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["examples_train"] = module  # where dataclasses look up their annotations
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train(script, tmp_path, monkeypatch):
+    """`train("--seed", 1)`: the command in this process, in a folder with data and recipe."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+
+    def call(*options, recipe="recipe.yaml"):
+        monkeypatch.setattr(sys, "argv", ["train.py", recipe, *map(str, options)])
+        script.main()
+
+    return call
+
+
+def history(folder, skip=()):
+    """What was logged, without times. (The last row is the mean of the losses since the last start.)"""
+    rows = json.loads((folder / "metrics.json").read_text())["history"]
+    timed = ("runtime", "per_second", "preparation_time", *skip)
+    return [
+        {name: value for name, value in row.items() if not name.endswith(timed)}
+        for row in rows
+        if "train_loss" not in row
+    ]
+
+
+def assert_same_file(first, second):
+    first, second = load_file(first), load_file(second)
+    assert {*first} == {*second}
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def plain_evaluation(folder, signals, annotations):
+    """The folder's model on the validation recordings, one by one."""
+    model = ConvTransformerForTemporalActionLocalization.from_pretrained(folder).eval()
+    feature_extractor = ConvTransformerFeatureExtractor.from_pretrained(folder)
+    dataset = SensorDataset(signals, annotations, "validation", window=WINDOW, stride=STRIDE)
+    found = {}
+    for index in range(len(dataset)):
+        batch = DataCollator(feature_extractor)([dataset[index]])
+        with torch.no_grad():
+            outputs = model(batch["input_features"], batch["attention_mask"])
+        (found[dataset.video_ids[index]],) = feature_extractor.post_process_temporal_action_localization(
+            outputs, geometry=[dataset[index]["geometry"]]
+        )
+    return evaluate_detections(found, dataset.ground_truth())
+
+
+@pytest.mark.parametrize("kept", ["average", "own"])
+def test_train_writes_both_weights_and_what_they_reach(train, tmp_path, kept, capsys):
+    options = ["--num_train_epochs", 6, "--learning_rate", 0.02, "--weights", kept]
+    train("--output_dir", "out", *options)
+    out, other = tmp_path / "out", "own" if kept == "average" else "average"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {*metrics} == {"own", "average", "kept", "best_step", "history"}
+    assert metrics["kept"] == kept
+    for name, folder in ((kept, out), (other, out / f"{other}_weights")):
+        assert {"config.json", "preprocessor_config.json", "model.safetensors"} <= {
+            path.name for path in folder.iterdir()
+        }
+        wanted = plain_evaluation(folder, *recordings()).to_dict()
+        # Other batches sum in another order; no score of these is so close to another one that ranks change.
+        assert metrics[name] == pytest.approx(wanted, abs=1e-9)
+    assert 0.05 < metrics[kept]["map"] < 1
+    assert metrics["average"] != metrics["own"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["id2label"] == {str(index): name for index, name in enumerate(LABELS)}
+
+    # The best step by the kept weights, whose checkpoint both folders come from.
+    name = "eval_ema_map" if kept == "average" else "eval_map"
+    scores = {row["step"]: row[name] for row in metrics["history"] if name in row}
+    assert metrics["best_step"] == max(scores, key=scores.get)  # of equal scores the first
+    assert metrics[kept]["map"] == scores[metrics["best_step"]]
+    best = out / f"checkpoint-{metrics['best_step']}"
+    assert_same_file(best / "model.safetensors", (out if kept == "own" else out / "own_weights") / "model.safetensors")
+    assert len([*out.glob("checkpoint-*")]) <= 2
+
+    ran = json.loads((out / "run.json").read_text())
+    assert ran["command"].endswith(
+        f"train.py recipe.yaml --output_dir out --num_train_epochs 6 --learning_rate 0.02 --weights {kept}"
+    )
+    assert ran["seed"] == 0
+    assert ran["versions"]["torch"] == torch.__version__
+    assert {*ran["versions"]} == {"python", "torch", "transformers", "modeling-convtransformer"}
+    printed = capsys.readouterr().out
+    assert "6 recordings train, 3 evaluate" in printed
+    assert f"{kept} weights (kept):" in printed
+
+    # The same command again has nothing left to do, and says the same.
+    train("--output_dir", "out", *options)
+    again = json.loads((out / "metrics.json").read_text())
+    assert {name: again[name] for name in ("own", "average", "best_step")} == {
+        name: metrics[name] for name in ("own", "average", "best_step")
+    }
+    assert "going on from" in capsys.readouterr().out
+
+
+def test_train_without_average_and_anew(train, tmp_path, capsys):
+    options = ["--output_dir", "out", "--ema_decay", 0, "--num_train_epochs", 1]
+    train(*options)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {*metrics} == {"own", "kept", "best_step", "history"}
+    assert metrics["kept"] == "own"
+    assert not [*(tmp_path / "out").glob("*_weights")]
+    first = load_file(tmp_path / "out" / "model.safetensors")
+    train(*options, "--fresh", "true", "--seed", 1)
+    assert "going on from" not in capsys.readouterr().out
+    assert not torch.equal(
+        first["class_head.output.weight"],
+        load_file(tmp_path / "out" / "model.safetensors")["class_head.output.weight"],
+    )
+
+
+def test_train_from_arrow_is_training_from_signals(train, tmp_path):
+    """Without augmentation the items are the same, one without segments among them: so are all weights and scores."""
+    datasets = pytest.importorskip("datasets", reason="Arrow data sets need the package datasets")
+    signals, annotations = recordings()
+    splits = {
+        name: to_hf_dataset(SensorDataset(signals, annotations, name, window=WINDOW, stride=STRIDE))
+        for name in ("training", "validation")
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "arrow")
+    train("--output_dir", "signals")
+    train("--output_dir", "stored", "--dataset", "arrow", "--folder", "arrow")
+    for name in ("model.safetensors", "own_weights/model.safetensors"):
+        assert_same_file(tmp_path / "signals" / name, tmp_path / "stored" / name)
+    assert (tmp_path / "signals" / "config.json").read_text() == (tmp_path / "stored" / "config.json").read_text()
+    assert history(tmp_path / "signals") == history(tmp_path / "stored")
+
+
+def test_fine_tuning_starts_from_rows_of_shared_classes(train, tmp_path, capsys):
+    train("--output_dir", "old", "--num_train_epochs", 1)
+    old = ConvTransformerForTemporalActionLocalization.from_pretrained("old")
+    write_data(tmp_path, labels=["high", "new", "low"])
+    # Without learning rate and decay, what comes out is what training started from.
+    frozen = ["--learning_rate", 0, "--weight_decay", 0, "--num_train_epochs", 1, "--ema_decay", 0]
+    train("--output_dir", "new", "--checkpoint", "old", *frozen, "--set", "label_smoothing=0.2")
+    assert "parameters from old: " in capsys.readouterr().out
+    new = ConvTransformerForTemporalActionLocalization.from_pretrained("new")
+    assert new.config.id2label == {0: "high", 1: "new", 2: "low"}
+    assert new.config.label_smoothing == 0.2
+    for kind in ("weight", "bias"):
+        theirs, ours = (getattr(model.class_head.output, kind) for model in (old, new))
+        assert torch.equal(ours[[0, 2]], theirs[[2, 0]])
+        assert not torch.equal(ours[1], theirs[1])
+    for name, parameter in new.named_parameters():
+        if not name.startswith("class_head.output"):
+            assert torch.equal(parameter, old.get_parameter(name)), name
+
+
+def test_set_takes_names_of_transformers_too(train, tmp_path):
+    train(
+        "--output_dir",
+        "out",
+        "--num_train_epochs",
+        1,
+        "--set",
+        "hidden_size=32",
+        "regression_range=[[0, 4], [4, 8], [8, 99]]",
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["n_embd"] == 32
+    assert config["regression_range"] == [[0, 4], [4, 8], [8, 99]]
+
+
+def test_patience_outlives_an_interruption(train, tmp_path):
+    """Nothing is learned: the second and the third evaluation are no better than the first, and the run ends."""
+    options = ["--learning_rate", 0, "--lr_scheduler_type", "constant", "--early_stopping_patience", 2, "--output_dir"]
+    train(*options, "out", "--num_train_epochs", 2)
+    train(*options, "out", "--num_train_epochs", 6)
+    epochs = [row["epoch"] for row in json.loads((tmp_path / "out" / "metrics.json").read_text())["history"]]
+    assert max(epochs) == 3
+
+
+# How a run is stopped at a known place, to be killed there: a training step, or a file of a checkpoint half written.
+STOP = """
+    import os, runpy, sys, time
+    import torch, transformers
+
+    place, (sys.argv) = sys.argv[1], sys.argv[2:]
+    train_step, save = transformers.Trainer.training_step, torch.save
+
+    def stop():
+        open("stopped", "w").close()
+        time.sleep(600)
+
+    def step_or_stop(self, *args, **kwargs):
+        if place == f"step-{self.state.global_step}":
+            stop()
+        return train_step(self, *args, **kwargs)
+
+    def save_or_stop(value, path, *args, **kwargs):
+        if str(path).endswith(place):
+            with open(path, "wb") as file:
+                file.write(b"half a file")
+            stop()
+        return save(value, path, *args, **kwargs)
+
+    transformers.Trainer.training_step, torch.save = step_or_stop, save_or_stop
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def kill_at(place, command, folder):
+    (folder / "stop.py").write_text(textwrap.dedent(STOP))
+    (folder / "stopped").unlink(missing_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "stop.py", place, *command], cwd=folder, env=environment, stdout=log, stderr=log
+        )
+    try:
+        limit = time.monotonic() + 240
+        while not (folder / "stopped").exists():
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() in (-signal.SIGKILL, 1, 2)
+    assert process.returncode == -signal.SIGKILL
+    return (folder / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+def test_killed_run_ends_as_if_it_had_not_been_killed(train, tmp_path):
+    """Killed in the middle of an epoch, and once more while it writes a checkpoint; with augmentation, dropout and drop
+    path. Every loss, learning rate, score and weight is the same, bit for bit."""
+    options = ["--save_strategy", "steps", "--save_steps", 2, "--eval_strategy", "steps", "--eval_steps", 2, *AUGMENT]
+    options += ["--logging_strategy", "steps", "--logging_steps", 1, "--num_train_epochs", 4, "--output_dir"]
+    train(*options, "whole")
+
+    command = [str(ROOT / "examples" / "train.py"), "recipe.yaml", *map(str, options), "killed"]
+    killed = tmp_path / "killed"
+    kill_at("step-5", command, tmp_path)  # an epoch is three steps
+    assert sorted(path.name for path in killed.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    log = kill_at("checkpoint-8/scheduler.pt", command, tmp_path)
+    assert f"going on from {Path('killed') / 'checkpoint-4'} " in log
+    names = {path.name for path in (killed / "checkpoint-8").iterdir()}
+    assert {"model.safetensors", "ema.safetensors", "optimizer.pt"} <= names
+    assert "trainer_state.json" not in names
+    result = run(*command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"going on from {Path('killed') / 'checkpoint-6'} " in result.stdout
+    assert "checkpoint-8 is incomplete" in result.stderr
+
+    whole = tmp_path / "whole"
+    rows = history(killed)
+    assert rows == history(whole)
+    assert [row["step"] for row in rows if "loss" in row] == [*range(1, 13)]
+    assert len({row["loss"] for row in rows if "loss" in row}) == 12
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (whole, killed))
+    for name in ("own", "average", "kept", "best_step"):
+        assert first[name] == second[name]
+    for name in ("model.safetensors", "own_weights/model.safetensors", "checkpoint-12/model.safetensors"):
+        assert_same_file(whole / name, killed / name)
+    assert_same_file(whole / "checkpoint-12" / "ema.safetensors", killed / "checkpoint-12" / "ema.safetensors")
+
+
+def changed(**sections):
+    recipe = copy.deepcopy(RECIPE)
+    for name, values in sections.items():
+        recipe[name].update(values)
+    return recipe
+
+
+# Files for the mistakes below: a name, and what it holds.
+MISTAKEN = {
+    "words.yaml": "just words",
+    "list.yaml": "model: {n_in: 30}\ndata: [a, b]",
+    "syntax.yaml": "model: {",
+    "option.yaml": yaml.safe_dump(changed(training={"learning_rates": 1.0})),
+    "field.yaml": yaml.safe_dump(changed(model={"n_heads": 2})),
+    "choice.yaml": yaml.safe_dump(changed(data={"dataset": "sensor"})),
+    "broken.json": "{",
+    "broken.npz": "no archive",
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["recipe.yaml", "--learning_rates", "1"], "--learning_rates"),
+        (["recipe.yaml", "--weights", "both"], "--weights"),
+        (["recipe.yaml", "--seed", "one"], "--seed"),
+        (["recipe.yaml", "--eval_strategy", "never"], "never is not a valid"),
+        (["recipe.yaml", "--eval_strategy", "no"], "save and eval strategy to match"),
+        (["recipe.yaml", "--ema_decay", "1.5"], "--ema_decay is 1.5"),
+        (["recipe.yaml", "--augment_speed", "2"], "speed is 2.0"),
+        ([], "give a recipe"),
+        (["--seed", "1", "recipe.yaml"], "the recipe, recipe.yaml, must stand before all options"),
+        (["nowhere.yaml"], "nowhere.yaml is not a recipe"),
+        (["signals.npz"], "signals.npz is not a recipe"),
+        (["words.yaml"], "words.yaml is not a recipe"),
+        (["list.yaml"], "list.yaml is not a recipe"),
+        (["syntax.yaml"], "syntax.yaml is not a recipe"),
+        (["option.yaml"], "option.yaml: data or training has unknown options: learning_rates"),
+        (["field.yaml"], "unknown fields in `model`: n_heads"),
+        (["choice.yaml"], "choice.yaml: dataset is 'sensor'; expected one of files, sensors"),
+        (["recipe.yaml", "--set", "n_heads=2"], "--set n_heads=2"),
+        (["recipe.yaml", "--set", "n_head"], "--set n_head: expected NAME=VALUE"),
+        (["recipe.yaml", "--set", "n_head=[1"], "[1"),
+        (["recipe.yaml", "--set", "n_head=3"], "n_embd 16 is not divisible by n_head 3"),
+        (["recipe.yaml", "--set", "n_embd=wide"], "n_embd"),
+        (["recipe.yaml", "--set", "n_in=31"], "features have 30 channels (feature_size), but the model takes 31"),
+        (["recipe.yaml", "--annotations", "nowhere.json"], "nowhere.json"),
+        (["recipe.yaml", "--annotations", "broken.json"], "broken.json is not a JSON file"),
+        (["recipe.yaml", "--signals", "nowhere.npz"], "nowhere.npz"),
+        (["recipe.yaml", "--signals", "broken.npz"], "broken.npz is no .npz file"),
+        (["recipe.yaml", "--signals", "one.npy"], "one.npy is no .npz file"),
+        (["recipe.yaml", "--signals", "few.npz"], "annotated recordings have no signal"),
+        (["recipe.yaml", "--val_split", "test"], "There is no subset ['test']"),
+        (["recipe.yaml", "--dataset", "files"], "--annotations and --features"),
+        (["recipe.yaml", "--dataset", "files", "--features", "nowhere"], "have no feature file"),
+        (["recipe.yaml", "--dataset", "sbhar"], "needs --folder"),
+        (["recipe.yaml", "--dataset", "sbhar", "--folder", "nowhere"], "nowhere holds no SBHAR recordings"),
+        (["recipe.yaml", "--dataset", "arrow"], "needs --folder"),
+        (["recipe.yaml", "--dataset", "arrow", "--folder", "."], "neither a `Dataset`"),
+        (["recipe.yaml", "--dataset", "arrow", "--folder", "arrow"], "arrow has no split validation; it has training"),
+        (["recipe.yaml", "--checkpoint", "empty"], "--checkpoint empty"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_mistakes_end_with_one_line(train, script, tmp_path, monkeypatch, capsys, options, words):
+    for name, content in MISTAKEN.items():
+        (tmp_path / name).write_text(content)
+    signals, annotations = recordings()
+    np.save(tmp_path / "one.npy", signals["r0"])
+    np.savez(tmp_path / "few.npz", r0=signals["r0"])
+    (tmp_path / "empty").mkdir()
+    if "arrow" in options[-1:]:
+        datasets = pytest.importorskip("datasets", reason="Arrow data sets need the package datasets")
+        stored = to_hf_dataset(SensorDataset(signals, annotations, "training", window=WINDOW, stride=STRIDE))
+        datasets.DatasetDict(training=stored).save_to_disk("arrow")
+    monkeypatch.setattr(sys, "argv", ["train.py", *options])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train.py: error: ")
+    assert words in last
+    assert not [*tmp_path.glob("outputs")]  # nothing was begun
+
+
+@pytest.mark.slow
+def test_a_mistake_has_no_traceback(tmp_path):
+    write_data(tmp_path)
+    result = run(ROOT / "examples" / "train.py", "recipe.yaml", "--learning_rates", 1, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "--learning_rates" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configuration").glob("*.yaml")))
+def test_recipes_are_understood(script, monkeypatch, capsys, name):
+    """All options of our own recipes exist and have legal values. (The demo's belongs to watch_demo.py.)"""
+    path = ROOT / "configuration" / f"{name}.yaml"
+    content = yaml.safe_load(path.read_text())
+    monkeypatch.setattr(sys, "argv", ["train.py", str(path), "--use_cpu", "true"])
+    if name == "watch":
+        with pytest.raises(SystemExit):
+            script.parse("", script.ModelArguments, script.DataArguments, script.Training)
+        assert "unknown options: bout, pause" in capsys.readouterr().err
+        return
+    _, recipe, _, data, training = script.parse("", script.ModelArguments, script.DataArguments, script.Training)
+    assert recipe == str(path)
+    for section, options in (("data", data), ("training", training)):
+        for option, value in (content.get(section) or {}).items():
+            assert getattr(options, option) == value, option
