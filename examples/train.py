@@ -319,10 +319,31 @@ def make_trainer(model, feature_extractor, train_set, val_set, training: Trainin
     return trainer, average
 
 
-def start(training: Training) -> str | None:
-    """Writes down what is run, and returns the checkpoint to go on from."""
+# Fields of a saved config that say nothing about the weights.
+NOT_THE_MODEL = {"transformers_version", "architectures", "dtype", "id2label", "label2id"}
+
+
+def json_like(value: Any) -> Any:
+    """Lists in place of tuples, as they come back from a file."""
+    return json.loads(json.dumps(value))
+
+
+def start(training: Training, config: ConvTransformerConfig | None = None) -> str | None:
+    """Writes down what is run, and returns the checkpoint to go on from, which must be of the same model."""
     folder = Path(training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = training.resume_from_checkpoint
+    if checkpoint is None and not training.fresh:
+        checkpoint = find_last_checkpoint(folder)
+    if checkpoint is not None and config is not None:
+        theirs, ours = ConvTransformerConfig.from_pretrained(checkpoint).to_dict(), config.to_dict()
+        fields = [name for name in ConvTransformerConfig.__dataclass_fields__ if name in ours]
+        fields = [name for name in fields if name not in NOT_THE_MODEL]
+        if changed := [name for name in fields if json_like(ours[name]) != json_like(theirs.get(name))]:
+            raise Usage(
+                f"{checkpoint} is of another model: {', '.join(f'{name} is {theirs.get(name)!r}' for name in changed)} "
+                "there. Give another --output_dir, or --fresh true to start anew in this one"
+            )
     run = {
         "command": shlex.join([sys.executable, *sys.argv]),
         "seed": training.seed,
@@ -333,9 +354,6 @@ def start(training: Training) -> str | None:
             "modeling-convtransformer": __version__,
         },
     }
-    checkpoint = training.resume_from_checkpoint
-    if checkpoint is None and not training.fresh:
-        checkpoint = find_last_checkpoint(folder)
     if training.should_save:
         print(run["command"])
         (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
@@ -359,9 +377,9 @@ def main():
         given, taken = feature_extractor.feature_size, sum(model.config.stream_widths)
         if given != taken:
             raise Usage(f"features have {given} channels (feature_size), but the model takes {taken} (n_in)")
+        checkpoint = start(training, model.config)
     except MENDABLE as error:
         parser.error(one_line(error))
-    checkpoint = start(training)
     if training.should_save:
         print(
             f"{model.num_parameters() / 1e6:.1f} million parameters, {len(names)} classes; "

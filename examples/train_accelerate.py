@@ -91,8 +91,9 @@ def main():
 
     for epoch in range(first, epochs):
         model.train()
-        if hasattr(train_set, "set_epoch"):
-            train_set.set_epoch(epoch)  # augmentations that differ from epoch to epoch, and are the same when resumed
+        loader.set_epoch(epoch)  # shuffling and augmentations that differ from epoch to epoch, the same when resumed
+        if hasattr(train_set, "set_epoch"):  # the loader tells only one of its sampler and its dataset
+            train_set.set_epoch(epoch)
         progress = tqdm(loader, desc=f"epoch {epoch + 1}/{epochs}", disable=not accelerator.is_local_main_process)
         for batch in progress:
             with accelerator.accumulate(model):

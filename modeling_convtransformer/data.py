@@ -1040,7 +1040,11 @@ class SensorAugmentation:
             before = place.astype(np.int64).clip(max=len(signal) - 2)  # rounding may step onto the last sample
             share = (place - before).astype(np.float32)[:, None]
             signal, segments = signal[before] * (1 - share) + signal[before + 1] * share, segments / factor
-        if self.rotation and signal.shape[1] % 3 == 0:
+        if self.rotation:
+            if signal.shape[1] % 3:
+                raise ValueError(
+                    f"rotation turns the three axes of each sensor, but the signal has {signal.shape[1]} channels; set it to 0."
+                )
             turned = signal.reshape(len(signal), -1, 3) @ _random_rotation(self.rotation, rng).T
             signal = turned.reshape(signal.shape)
         if self.gain:

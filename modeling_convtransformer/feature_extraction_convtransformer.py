@@ -4,6 +4,7 @@ Seconds exist only here. The model works on the feature grid:
 `grid = (seconds * fps - 0.5 * num_frames) / feature_stride`.
 """
 
+import inspect
 import math
 import os
 import zipfile
@@ -127,11 +128,17 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         `test_cfg` of a v1 file, with v1's defaults. `overrides` replace what the file says, such as `fps=25`.
 
         Raises:
-            ValueError: the file has neither, or lacks fps, or one of ours the feature stride or size.
+            ValueError: the file has neither, or lacks fps, or one of ours the feature stride or size, or has a setting
+                that does not exist.
         """
         content = read_recipe(path)
         if "feature_extractor" in content:
             fields = dict(content["feature_extractor"] or {})
+            known = {*inspect.signature(cls.__init__).parameters, *_POST_PROCESSING} - {"self", "kwargs"}
+            if unknown := sorted(set(fields) - known):
+                raise ValueError(
+                    f"{path}: unknown settings in `feature_extractor`: {', '.join(unknown)}. Known: {', '.join(sorted(known))}."
+                )
         elif "dataset" in content:
             dataset = {**_V1_DATASET, **(content["dataset"] or {})}
             names = {"input_dim": "feature_size", "default_fps": "fps", "feat_stride": "feature_stride"}
