@@ -551,3 +551,36 @@ def test_recipes_are_understood(script, monkeypatch, capsys, name):
     for section, options in (("data", data), ("training", training)):
         for option, value in (content.get(section) or {}).items():
             assert getattr(options, option) == value, option
+
+
+# --- train_accelerate.py --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_accelerate_loop_killed_and_started_again_is_the_uninterrupted_one(tmp_path):
+    pytest.importorskip("accelerate", reason="training needs its extra")
+    write_data(tmp_path)
+    command = [sys.executable, str(ROOT / "examples" / "train_accelerate.py"), "recipe.yaml", *AUGMENT, "--output_dir"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "whole"], cwd=tmp_path, env=environment, capture_output=True, check=True)
+
+    process = subprocess.Popen(
+        [*command, "killed"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "epoch-00001").exists() and process.poll() is None:
+        assert time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.01)
+    process.kill()  # SIGKILL, somewhere in the second epoch
+    process.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    again = subprocess.run(
+        [*command, "killed"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "going on from killed/epoch-0000" in again.stdout
+    for name in ("model.safetensors", "metrics.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
