@@ -20,8 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 
 # What makes of the recipe's model v1 (ActionFormer's release) with Bock et al.'s settings for this data.
-V1 = ["use_rope=false", "use_swiglu=false", "use_rms_norm=false", "mask_conv_inputs=false"]
-V1 += ["mha_win_size=9", "proj_pdrop=0", "fpn_type=identity"]
+V1 = ["use_rope=false", "use_swiglu=false", "use_rms_norm=false", "mask_conv_inputs=false", "mha_win_size=9"]
 VARIANTS = {"v2": [], "v1 settings": V1}
 
 
