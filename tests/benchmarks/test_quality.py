@@ -1,0 +1,82 @@
+"""The benchmarks that train run from end to end on made recordings, and do not train twice what is there."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modeling_convtransformer.data import SBHAR_FPS, SBHAR_LABELS
+
+pytest.importorskip("accelerate", reason="training needs its extra")
+
+BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def sbhar(tmp_path):
+    """One recording each of three people, of noise; as `data.load_sbhar` reads them."""
+    rng, signals, database = np.random.default_rng(0), {}, {}
+    for index, (person, subset) in enumerate({1: "training", 11: "training", 15: "validation"}.items()):
+        name = f"exp{index:02d}_user{person:02d}"
+        signals[name] = rng.normal(size=(40 * SBHAR_FPS, 6)).astype(np.float32)
+        annotations = [
+            {"label": SBHAR_LABELS[place], "segment": [5.0 + 10 * place, 12.0 + 10 * place]} for place in (0, 1)
+        ]
+        database[name] = {
+            "subset": subset,
+            "person": person,
+            "duration": 40.0,
+            "fps": 50.0,
+            "annotations": annotations,
+        }
+    folder = tmp_path / "data"
+    folder.mkdir()
+    np.savez(folder / "signals.npz", **signals)
+    (folder / "annotations.json").write_text(json.dumps({"labels": SBHAR_LABELS, "database": database}))
+    return folder
+
+
+def run(script, *arguments, cwd):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_sbhar_trains_both_variants_once(sbhar, tmp_path):
+    arguments = ["sbhar.py", sbhar, "--seeds", 1, "--json", "a.json", "--num_train_epochs", 1]
+    first = run(*arguments, cwd=tmp_path)
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert [row["variant"] for row in rows] == ["v2", "v1 settings"]
+    for row in rows:
+        folder = tmp_path / "outputs" / "sbhar" / f"{row['variant'].replace(' ', '_')}_0"
+        config, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
+        assert config["use_rope"] == (row["variant"] == "v2")
+        assert config["mha_win_size"] == (19 if row["variant"] == "v2" else 9)
+        assert row["average"] == 100 * metrics["average"]["map"]
+    assert "| v2 | " in first
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/**/*.safetensors")}
+    run(*arguments, cwd=tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/**/*.safetensors")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="adapters need peft")
+def test_adapters_learn_few_parameters(sbhar, tmp_path):
+    arguments = ["--seeds", 1, "--base-epochs", 1, "--epochs", 1, "--methods", "LoRA, convolutions too", "--turn", 45]
+    run("adapters.py", sbhar, *arguments, "--json", "a.json", cwd=tmp_path)
+    (row,) = json.loads((tmp_path / "a.json").read_text())
+    assert row["method"] == "LoRA, convolutions too"
+    assert 0.005 < row["share"] < 0.03
+    turned = np.load(tmp_path / "outputs" / "adapters" / "turn_45" / "data" / "signals.npz", allow_pickle=False)
+    original = np.load(sbhar / "signals.npz", allow_pickle=False)
+    assert np.array_equal(turned["exp00_user01"], original["exp00_user01"])  # the base's people wear it as they did
+    x, y = original["exp02_user15"][0, :2]
+    assert turned["exp02_user15"][0, :2] == pytest.approx(np.array([x - y, x + y]) / np.sqrt(2), abs=1e-6)
