@@ -1169,8 +1169,8 @@ def test_rotation_is_the_same_for_all_sensors():
         angles.append(math.acos(min(1.0, (np.trace(matrix) - 1) / 2)))
     # The squared angle is a sum of three squares of normal numbers: 3 * 0.09 on average, give or take 2 * 0.011.
     assert np.mean(np.square(angles)) == pytest.approx(0.27, abs=0.035)
-    found, _ = draw(SensorAugmentation(rotation=0.3, shift=False), signal[:, :4])
-    np.testing.assert_array_equal(found, signal[:, :4])  # no axes to turn
+    with pytest.raises(ValueError, match="three axes of each sensor, but the signal has 4 channels"):
+        draw(SensorAugmentation(rotation=0.3, shift=False), signal[:, :4])
 
 
 def test_gain_is_one_factor_a_channel():
