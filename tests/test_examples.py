@@ -553,6 +553,18 @@ def test_recipes_are_understood(script, monkeypatch, capsys, name):
             assert getattr(options, option) == value, option
 
 
+def test_a_run_does_not_go_on_as_another_model(train, tmp_path, capsys):
+    train("--output_dir", "out", "--num_train_epochs", 1)
+    before = (tmp_path / "out" / "run.json").read_text()
+    with pytest.raises(SystemExit) as stopped:
+        train("--output_dir", "out", "--num_train_epochs", 2, "--set", "n_embd=32", "path_pdrop=0.1")
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "checkpoint-3 is of another model: n_embd is 16, path_pdrop is 0.2 there" in message
+    assert "--fresh true" in message
+    assert (tmp_path / "out" / "run.json").read_text() == before
+
+
 # --- train_accelerate.py --------------------------------------------------------------------------------------------
 
 

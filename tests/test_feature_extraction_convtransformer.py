@@ -1545,3 +1545,12 @@ def test_what_pad_takes_is_taken():
     assert torch.equal(extractor({"input_features": [sample]}).input_features, torch.from_numpy(sample)[None])
     with pytest.raises(ValueError, match="input_features"):
         extractor({"features": [sample]})
+
+
+def test_misspelt_settings_of_a_recipe_are_named(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("feature_extractor: {feature_size: 4, fps: 10, feature_stride: 2, max_segs: 5}")
+    with pytest.raises(
+        ValueError, match=r"recipe.yaml: unknown settings in `feature_extractor`: max_segs\. Known: .*max_seg_num"
+    ):
+        ConvTransformerFeatureExtractor.from_yaml(path)
