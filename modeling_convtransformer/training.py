@@ -33,6 +33,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .configuration_convtransformer import ConvTransformerConfig
 from .convert.adapt import Report, adapt
+from .data import DataCollator
 from .evaluation import evaluate_detections
 from .modeling_convtransformer import ConvTransformerForTemporalActionLocalization, MaskedConv1d
 
@@ -311,8 +312,6 @@ class TemporalActionTrainer(Trainer):
     """
 
     def __init__(self, *args, feature_extractor, data_collator=None, **kwargs):
-        from .data import DataCollator
-
         data_collator = data_collator or DataCollator(feature_extractor, return_metadata=True)
         kwargs.setdefault("processing_class", feature_extractor)  # saved with each checkpoint
         super().__init__(*args, data_collator=data_collator, **kwargs)
