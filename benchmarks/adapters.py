@@ -12,17 +12,12 @@ With --turn, people 11 to 20 wear the smartphone turned by that angle: something
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+from sbhar import run_once
 
 from modeling_convtransformer.data import load_sbhar
-
-ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "configuration" / "sbhar.yaml"
 
 LAST = ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
 
@@ -57,15 +52,6 @@ def split(source: Path, folder: Path, degrees: float):
     (folder / "annotations.json").write_text(json.dumps({**annotations, "database": entries}) + "\n", encoding="utf-8")
 
 
-def run(script: str, output: Path, arguments: list) -> dict:
-    """metrics.json of one training run."""
-    if not (output / "metrics.json").exists():
-        command = [sys.executable, ROOT / "examples" / script, RECIPE, "--output_dir", output, *LAST, *arguments]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        subprocess.run([*map(str, command)], check=True, env=environment)
-    return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of SBHAR, as data.load_sbhar reads it")
@@ -86,13 +72,13 @@ def main():
     for seed in range(options.seeds):
         base = folder / f"base_{options.base_epochs}_{seed}"
         arguments = [*common, "--seed", seed, "--train_split", "base", "--num_train_epochs", options.base_epochs]
-        before = run("train.py", base, arguments)["average"]["map"]
+        before = run_once("train.py", base, [*LAST, *arguments])["average"]["map"]
         arguments = [*common, "--seed", seed, "--train_split", "adaptation", "--num_train_epochs", options.epochs]
         for method in options.methods:
             script = "train.py" if method == "all parameters" else "train_peft.py"
             output = folder / f"{method.replace(', ', '_').replace(' ', '_')}_{options.epochs}_{seed}"
             settings = ["--checkpoint", base, "--warmup_epochs", 1, *METHODS[method]]
-            metrics = run(script, output, [*arguments, *settings])
+            metrics = run_once(script, output, [*LAST, *arguments, *settings])
             seconds = next(entry["train_runtime"] for entry in metrics["history"] if "train_runtime" in entry)
             row = {"method": method, "seed": seed, "share": metrics.get("share", 1.0), "seconds": seconds}
             rows.append(

@@ -11,6 +11,7 @@ no checkpoint is chosen by the people whom it is evaluated on. Further options g
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,20 +19,27 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "configuration" / "sbhar.yaml"
 
 # What makes of the recipe's model v1 (ActionFormer's release) with Bock et al.'s settings for this data.
 V1 = ["use_rope=false", "use_swiglu=false", "use_rms_norm=false", "mask_conv_inputs=false", "mha_win_size=9"]
 VARIANTS = {"v2": [], "v1 settings": V1}
 
 
-def run(folder: Path, output: Path, settings: list[str], seed: int, rest: list[str]) -> dict:
-    """metrics.json of one training run."""
-    if not (output / "metrics.json").exists():
-        command = [ROOT / "examples" / "train.py", ROOT / "configuration" / "sbhar.yaml", "--folder", folder]
-        command += ["--seed", seed, "--output_dir", output, "--load_best_model_at_end", "false", *rest]
-        command += ["--set", *settings] if settings else []
+def run_once(script: str, output: Path, arguments: list) -> dict:
+    """metrics.json of one run of an example with this benchmark's recipe, which is not repeated if it is there.
+
+    Raises:
+        SystemExit: what is there comes from another command.
+    """
+    command = [*map(str, [sys.executable, ROOT / "examples" / script, RECIPE, "--output_dir", output, *arguments])]
+    if (output / "metrics.json").exists():
+        theirs = json.loads((output / "run.json").read_text(encoding="utf-8"))["command"]
+        if theirs != shlex.join(command):
+            sys.exit(f"{output} holds the run of another command:\n{theirs}\nGive another --output, or remove it.")
+    else:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        subprocess.run([sys.executable, *map(str, command)], check=True, env=environment)
+        subprocess.run(command, check=True, env=environment)
     return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
 
 
@@ -48,7 +56,9 @@ def main():
     for seed in range(options.seeds):
         for variant in options.variants:
             output = options.output / f"{variant.replace(' ', '_')}_{seed}"
-            metrics = run(options.data, output, VARIANTS[variant], seed, rest)
+            arguments = ["--folder", options.data, "--seed", seed, "--load_best_model_at_end", "false", *rest]
+            arguments += ["--set", *VARIANTS[variant]] if VARIANTS[variant] else []
+            metrics = run_once("train.py", output, arguments)
             seconds = next(entry["train_runtime"] for entry in metrics["history"] if "train_runtime" in entry)
             maps = {name: 100 * metrics[name]["map"] for name in ("own", "average") if name in metrics}
             rows.append({"variant": variant, "seed": seed, "seconds": seconds, **maps})

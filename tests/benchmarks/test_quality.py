@@ -65,6 +65,11 @@ def test_sbhar_trains_both_variants_once(sbhar, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/**/*.safetensors")}
     run(*arguments, cwd=tmp_path)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/**/*.safetensors")}
+    # What another command left is not taken for this one's.
+    other = [sys.executable, str(BENCHMARKS / "sbhar.py"), str(sbhar), "--seeds", "1", "--num_train_epochs", "2"]
+    refused = subprocess.run(other, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert refused.returncode == 1
+    assert "v2_0 holds the run of another command" in refused.stderr
 
 
 @pytest.mark.slow
