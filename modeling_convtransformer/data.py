@@ -42,6 +42,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .evaluation import remove_duplicates
+from .feature_extraction_convtransformer import window_features
 
 __all__ = [
     "SBHAR_FPS",
@@ -1456,27 +1457,6 @@ def _make_pause(
     if after is not None:
         rest[length - steps :] += fade[::-1] * (after - rest[length - steps :])
     return rest.astype(np.float32)
-
-
-def window_features(signal: np.ndarray, window: int, stride: int) -> np.ndarray:
-    """Raw windows as features: (n, channels) to (T, window * channels) float32, T = (n - window) // stride + 1.
-
-    Feature t is samples t * stride to t * stride + window, sample after sample, so that fps is the sampling rate,
-    feature_stride the stride and num_frames the window. This is how Bock et al. (2024,
-    https://arxiv.org/abs/2311.15831) bring temporal action localization to wearable sensors.
-
-    Raises:
-        ValueError: the signal is not (n, channels), is shorter than a window, or window or stride is below 1.
-    """
-    signal = np.asarray(signal, dtype=np.float32)
-    if signal.ndim != 2 or window < 1 or stride < 1 or len(signal) < window:
-        raise ValueError(
-            f"Windows of {window} samples, one each {stride}, need a signal (samples, channels) of at least one window, "
-            f"but its shape is {signal.shape}. Use a longer recording or a smaller window."
-        )
-    windows = np.lib.stride_tricks.sliding_window_view(signal, window, axis=0)[::stride]
-    # A copy, because windows share their samples with one another and with the signal.
-    return np.array(windows.transpose(0, 2, 1), order="C").reshape(len(windows), -1)
 
 
 class WatchDataset(_DrawsAnew, Dataset):

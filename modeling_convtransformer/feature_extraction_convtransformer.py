@@ -2,6 +2,9 @@
 
 Seconds exist only here. The model works on the feature grid:
 `grid = (seconds * fps - 0.5 * num_frames) / feature_stride`.
+
+Everything is computed with numpy on the CPU, so that a model exported to ONNX needs no torch. Tensors go in, and come out
+where tensors went in.
 """
 
 import inspect
@@ -14,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.utils import is_torch_available, is_torch_tensor
 
 from .configuration_convtransformer import read_recipe
+
+if is_torch_available():
+    import torch
 
 # Post-processing settings and v1's defaults. "soft" is Gaussian soft-NMS.
 _POST_PROCESSING = {
@@ -39,6 +44,8 @@ _POST_PROCESSING = {
 _V1_DATASET = {"input_dim": 2304, "feat_stride": 16, "num_frames": 32}
 _NMS_METHODS = ("soft", "linear", "hard", "none")
 _GEOMETRY = ("fps", "feature_stride", "num_frames", "duration")
+# What a sample may be, and what its first axis counts.
+_AXES = {"features": "time", "signal": "samples"}
 
 # Up to this many pairs, all decays of soft-NMS are computed at once, if about all will be needed; else one row for each
 # segment that is kept.
@@ -94,7 +101,7 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
     ):
         settings = {name: kwargs.pop(name, default) for name, default in _POST_PROCESSING.items()}
         # The base class wants a rate: it is the recordings'.
-        kwargs["sampling_rate"] = fps.item() if isinstance(fps, np.generic) else fps
+        kwargs["sampling_rate"] = _plain(fps)
         super().__init__(feature_size=feature_size, padding_value=padding_value, **kwargs)
         if isinstance(feature_size, bool) or not isinstance(feature_size, int) or feature_size < 1:
             raise ValueError(f"feature_size is {feature_size!r}; expected the width of a feature, a positive integer.")
@@ -111,13 +118,11 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
                 "more and a finite number."
             )
         num_frames = feature_stride if num_frames is None else num_frames
-        # (numbers of numpy cannot be saved as JSON)
-        numbers = [x.item() if isinstance(x, np.generic) else x for x in (fps, feature_stride, num_frames)]
-        self.fps, self.feature_stride, self.num_frames = numbers
+        self.fps, self.feature_stride, self.num_frames = map(_plain, (fps, feature_stride, num_frames))
         self.min_length = min_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.length_tolerance = length_tolerance
-        _check_geometry(self._geometry(None), "the feature extractor")
+        self._geometry(None, "the feature extractor")
         for name, value in _check_settings(settings).items():
             setattr(self, name, value)
 
@@ -172,25 +177,29 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         truncation: bool = False,
         pad_to_multiple_of: int | None = None,
         return_attention_mask: bool | None = None,
-        return_tensors: str | None = "pt",
+        return_tensors: str | None = "pt" if is_torch_available() else "np",
         **kwargs,
     ) -> BatchFeature:
         """
         Args:
-            features: one sample or a list of samples, each an array (time, channels) or the path of a .npy file (or of a
-                .npz file with one array, or one named `features` or `feats`).
+            features: one sample or a list of samples, each an array (time, channels), or the path of a .npy file (or of a
+                .npz or .safetensors file with one array, or one named `features` or `feats`), or a dict:
+                `{"features": array or path}`, or `{"signal": array or path}` with raw values (samples, channels), which
+                are cut into windows of `num_frames` samples, one each `feature_stride`. In it, any of `fps`,
+                `feature_stride`, `num_frames`, `duration` may stand beside, as in `geometry`.
             annotations: for each sample its segments in seconds, as `{"segments": (N, 2), "labels": (N,)}` or as a list
                 of `{"segment": [start, end], "label": name or "label_id": id}` (ActivityNet's format). N may be 0.
             geometry: for each sample (or one for all) a dict with any of `fps`, `feature_stride`, `num_frames`,
-                `duration` (seconds), where they differ from the feature extractor's.
+                `duration` (seconds), where they differ from the feature extractor's. The duration of a signal is known
+                without it.
             label2id: class names to ids, where annotations hold names; ids are then checked too.
             names: names of the samples for error messages; default: the paths, or "sample 0", ...
-            padding, max_length, truncation, pad_to_multiple_of, return_attention_mask, return_tensors: as in
-                `SequenceFeatureExtractor.pad`.
+            padding, max_length, truncation, pad_to_multiple_of, return_attention_mask: as in `SequenceFeatureExtractor.pad`.
+            return_tensors: `"pt"`, or `"np"`, which is the default where torch is not installed. Labels are of the same kind.
 
         Returns:
             `input_features` (batch, time, channels) float32, `attention_mask` (batch, time), and with annotations `labels`,
-            a list of `{"segments": (N, 2) float32 on the feature grid, "class_labels": (N,) long}`.
+            a list of `{"segments": (N, 2) float32 on the feature grid, "class_labels": (N,) int64}`.
 
         Raises:
             ValueError: a sample that a model cannot use; the message names the sample and what to do.
@@ -199,10 +208,11 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
             raise TypeError(f"Unknown arguments: {', '.join(kwargs)}.")
         samples = _as_samples(features)
         names = _name_samples(samples, names)
-        arrays = [self._read(sample, name) for sample, name in zip(samples, names, strict=True)]
-        geometries = self._geometries(geometry, names)
-        for array, one, name in zip(arrays, geometries, names, strict=True):
-            self._check_length(len(array), one, name)
+        loaded = [
+            self.load(sample, name, given)
+            for sample, name, given in zip(samples, names, _one_each(geometry, len(samples)), strict=True)
+        ]
+        arrays, geometries = zip(*loaded, strict=True)
 
         labels = None
         if annotations is not None:
@@ -225,7 +235,7 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
             if longest <= self.min_length:  # v1 pads to its training length, or beyond it to a multiple
                 padding, max_length, pad_to_multiple_of = "max_length", self.min_length, None
         batch = self.pad(
-            {"input_features": arrays},
+            {"input_features": list(arrays)},
             padding=padding,
             max_length=max_length,
             truncation=truncation,
@@ -234,66 +244,148 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
             return_tensors=return_tensors,
         )
         if labels is not None:
+            if return_tensors == "pt":
+                labels = [{key: torch.from_numpy(value) for key, value in label.items()} for label in labels]
             batch["labels"] = labels
         return batch
 
-    def _read(self, sample, name: str) -> np.ndarray:
-        """One sample as a checked float32 array (time, channels)."""
-        array = _load(sample, name) if isinstance(sample, str | os.PathLike) else sample
-        array = array.detach().cpu().float().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
-        if (
-            array.dtype == object
-            or array.dtype.kind == "c"
-            or not (np.issubdtype(array.dtype, np.number) or array.dtype == bool)
-        ):
+    def _pad(self, processed_features, *args, **kwargs) -> dict:
+        # The base class takes a feature_size of 1 for sequences without a channel axis, and would pad that axis too.
+        name = self.model_input_names[0]
+        has_axis = self.feature_size == 1 and processed_features[name].ndim == 2
+        if has_axis:
+            processed_features[name] = processed_features[name][:, 0]
+        padded = super()._pad(processed_features, *args, **kwargs)
+        if has_axis:
+            padded[name] = padded[name][:, None]
+        return padded
+
+    def load(self, sample, name: str | None = None, geometry: dict | None = None) -> tuple[np.ndarray, dict]:
+        """
+        One sample as a batch takes it: read, cut into windows if it is a signal, and checked.
+
+        Args:
+            sample, geometry: as in `__call__`.
+            name: for error messages; default: the path, or "sample 0".
+
+        Returns:
+            features (time, channels) float32, and their whole geometry: `fps`, `feature_stride`, `num_frames` and `duration`,
+            which is None where it is not known. `{"features": features, **geometry}` is the sample again, without a file.
+
+        Raises:
+            ValueError: as in `__call__`.
+        """
+        name = _name_samples([sample], None if name is None else [name])[0]
+        kind, values, geometry = self._split(sample, geometry, name)
+        array = _read(values, kind, name)
+        if kind == "features":
+            self._check_values(array, self.feature_size, kind, name)
+        else:
+            array = self._to_windows(array, geometry, name)
+        self._check_length(len(array), geometry, name)
+        return array, geometry
+
+    def geometry_of(self, samples, geometry: dict | Sequence[dict] | None = None) -> list[dict]:
+        """
+        The whole geometry of each sample, as in `load`, for `post_process_temporal_action_localization`. Reads no files but
+        those of signals without `duration`.
+
+        Args:
+            samples, geometry: one sample or a list, and what `__call__` takes.
+        """
+        samples = _as_samples(samples)
+        names = _name_samples(samples, None)
+        given = _one_each(geometry, len(samples))
+        return [self._split(*one)[2] for one in zip(samples, given, names, strict=True)]
+
+    def _split(self, sample, given: dict | None, name: str) -> tuple[str, Any, dict]:
+        """What a sample is ("features" or "signal"), its values (an array, or a path) and its geometry."""
+        if not isinstance(sample, Mapping):
+            sample = {"features": sample}
+        kinds = [kind for kind in _AXES if kind in sample]
+        if len(kinds) != 1 or set(sample) - {*kinds, *_GEOMETRY}:
             raise ValueError(
-                f"{name}: the features have dtype {array.dtype}; expected numbers in an array (time, channels)."
+                f"{name}: a sample with the keys {', '.join(map(str, sample))}; expected either features or signal, and "
+                f"beside it any of {', '.join(_GEOMETRY)}. (A dict with input_features is a whole batch.)"
             )
-        if array.ndim != 2:
-            raise ValueError(f"{name}: the features have shape {array.shape}; expected (time, {self.feature_size}).")
-        if array.shape[0] == 0:
-            raise ValueError(f"{name}: the features have no time steps (shape {array.shape}); leave this sample out.")
-        if array.shape[1] != self.feature_size:
-            advice = (
-                "Use the feature extractor of the features that you have, or set feature_size and the model's n_in."
-            )
-            if array.shape[0] == self.feature_size:
-                advice = "They look like (channels, time): transpose them, features.T."
+        kind = kinds[0]
+        given = _without_none(given)
+        _check_geometry(given, name)
+        own = _without_none({key: sample[key] for key in _GEOMETRY if key in sample})
+        geometry = self._geometry({**given, **own}, name)
+        for key in given:
+            if geometry[key] != given[key]:
+                raise ValueError(
+                    f"{name}: {key} is {own[key]} beside its {kind}, but {given[key]} in `geometry`; give only one of them."
+                )
+        values = sample[kind]
+        if kind == "signal" and geometry["duration"] is None:
+            values = _read(values, kind, name)
+            geometry["duration"] = len(values) / geometry["fps"]
+        return kind, values, geometry
+
+    def _to_windows(self, signal: np.ndarray, geometry: dict, name: str) -> np.ndarray:
+        """Raw values (samples, channels) as features."""
+        for key in ("num_frames", "feature_stride"):
+            if geometry[key] != int(geometry[key]):
+                raise ValueError(
+                    f"{name}: {key} is {geometry[key]}; expected a whole number of samples, in which a signal can be cut into "
+                    'windows. Set it, or pass {"features": ...}.'
+                )
+        window, stride = int(geometry["num_frames"]), int(geometry["feature_stride"])
+        channels, rest = divmod(self.feature_size, window)
+        if rest or not channels:
             raise ValueError(
-                f"{name}: the features have shape {array.shape}; expected (time, {self.feature_size}). {advice}"
+                f"{name}: feature_size is {self.feature_size}, no multiple of num_frames, {window}; windows of a signal are "
+                'num_frames * channels wide. Set num_frames, or pass {"features": ...}.'
             )
-        array = np.ascontiguousarray(array, dtype=np.float32)
+        self._check_values(signal, channels, "signal", name)
+        if len(signal) < window:
+            raise ValueError(
+                f"{name}: the signal has {len(signal)} samples; expected at least the {window} of one window (num_frames). "
+                "Leave this sample out."
+            )
+        return window_features(signal, window, stride)
+
+    def _check_values(self, array: np.ndarray, width: int, kind: str, name: str):
+        if len(array) == 0:
+            raise ValueError(f"{name}: {kind} with no time steps (shape {array.shape}); leave this sample out.")
+        if array.shape[1] != width:
+            advice = []
+            if len(array) == width:
+                advice.append(f"If this is (channels, {_AXES[kind]}), transpose it, {kind}.T.")
+            if kind == "features" and array.shape[1] * self.num_frames == width:
+                advice.append(
+                    f'If these are raw values, pass {{"signal": array}} to have windows of {self.num_frames} cut.'
+                )
+            if not advice:
+                size = "feature_size" if kind == "features" else "feature_size (num_frames * channels)"
+                advice = [
+                    f"Use the feature extractor of the {kind} that you have, or set {size} and the model's n_in."
+                ]
+            raise ValueError(
+                f"{name}: {kind} of shape {array.shape}; expected ({_AXES[kind]}, {width}). {' '.join(advice)}"
+            )
         finite = np.isfinite(array)
         if not finite.all():
             step, channel = np.argwhere(~finite)[0].tolist()
             count = int(array.size - finite.sum())
             raise ValueError(
-                f"{name}: the features hold {count} values that are NaN or infinite, the first at time step {step}, "
-                f"channel {channel} ({array[step, channel]}). Repair the file, or np.nan_to_num(features) if zeros are right."
+                f"{name}: {kind} with {count} values that are NaN or infinite, the first at time step {step}, "
+                f"channel {channel} ({array[step, channel]}). Repair the file, or np.nan_to_num({kind}) if zeros are right."
             )
-        return array
 
-    def _geometry(self, given: dict | None) -> dict:
+    def _geometry(self, given: dict | None, name: str) -> dict:
+        """What is given, else the feature extractor's."""
         geometry = {
             "fps": self.fps,
             "feature_stride": self.feature_stride,
             "num_frames": self.num_frames,
             "duration": None,
+            **_without_none(given),
         }
-        geometry.update({key: value for key, value in (given or {}).items() if value is not None})
+        _check_geometry(geometry, name)
         return geometry
-
-    def _geometries(self, geometry: dict | Sequence[dict] | None, names: Sequence[str]) -> list[dict]:
-        if geometry is None or isinstance(geometry, dict):
-            geometry = [geometry] * len(names)
-        if len(geometry) != len(names):
-            raise ValueError(
-                f"geometry has {len(geometry)} entries for {len(names)} samples; give one each, or one for all."
-            )
-        geometries = [self._geometry(one) for one in geometry]
-        for one, name in zip(geometries, names, strict=True):
-            _check_geometry(one, name)
-        return geometries
 
     def _check_length(self, length: int, geometry: dict, name: str):
         """A feature file of another rate than the settings say puts every segment in the wrong place."""
@@ -321,11 +413,12 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         top_k: int | None = None,
         external_scores=None,
         **settings,
-    ) -> list[dict[str, torch.Tensor]]:
+    ) -> list[dict[str, Any]]:
         """
         Args:
-            outputs: of `ConvTransformerForTemporalActionLocalization`: `logits` (batch, points, classes), `pred_segments`
-                (batch, points, 2) on the grid, `point_mask` and `point_levels` (batch, points).
+            outputs: of `ConvTransformerForTemporalActionLocalization`, or the same as arrays, from ONNX Runtime: `logits`
+                (batch, points, classes), `pred_segments` (batch, points, 2) on the grid, `point_mask` and `point_levels`
+                (batch, points).
             geometry: as in `__call__`; with `duration`, segments are clipped to the recording.
             threshold: keep final scores above this.
             top_k: keep at most this many segments of each recording.
@@ -335,7 +428,8 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
 
         Returns:
             for each sample `{"scores": (N,), "labels": (N,), "segments": (N, 2)}`, segments in seconds, best first
-            (with `nms_method="none"` in the order of levels, as in v1).
+            (with `nms_method="none"` in the order of levels, as in v1); float32 and int64, as tensors on the device of the
+            logits if these are a tensor, else as arrays.
 
         Raises:
             ValueError: unknown settings, settings out of range, or `external_scores` of another number of samples.
@@ -351,21 +445,20 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
                 f"The outputs have no {' and no '.join(missing)}; expected those of "
                 "ConvTransformerForTemporalActionLocalization."
             )
-        logits = torch.as_tensor(outputs["logits"])
-        device, batch = logits.device, logits.shape[0]
+        given = outputs["logits"]
+        outputs = {name: None if value is None else _to_array(value) for name, value in outputs.items()}
+        batch, _, classes = outputs["logits"].shape
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0):
             raise ValueError(f"top_k is {top_k!r}; expected an integer, 0 or more, or None.")
         if external_scores is not None:
-            external_scores = torch.as_tensor(external_scores)
+            external_scores = _to_array(external_scores).astype(np.float32)
             if external_scores.ndim != 2 or len(external_scores) != batch:
-                raise ValueError(
-                    f"external_scores has shape {tuple(external_scores.shape)}; expected ({batch}, classes)."
-                )
-        geometries = self._geometries(geometry, [f"sample {index}" for index in range(batch)])
+                raise ValueError(f"external_scores has shape {external_scores.shape}; expected ({batch}, classes).")
+        geometries = self._geometries(geometry, batch)
 
         sample, segments, scores, labels = self._candidates(outputs, chosen)
         if chosen["nms_method"] != "none":
-            groups = sample * logits.shape[2] + labels if chosen["multiclass_nms"] else sample
+            groups = sample * classes + labels if chosen["multiclass_nms"] else sample
             kept, kept_scores = suppress(
                 segments,
                 scores,
@@ -379,7 +472,7 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
             )
             kept_segments = segments[kept]
             if chosen["voting_thresh"] > 0 and not chosen["multiclass_nms"]:
-                kept_segments = torch.cat(
+                kept_segments = np.concatenate(
                     [
                         vote(
                             segments[kept[sample[kept] == index]],
@@ -404,87 +497,91 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
                 result = {key: value[result["scores"] > threshold] for key, value in result.items()}
             if top_k is not None:
                 result = _best(result, top_k)
-            result["segments"] = _to_seconds(result["segments"], one).clamp(min=0.0, max=one["duration"])
-            results.append({key: value.to(device) for key, value in result.items()})
+            result["segments"] = np.clip(_to_seconds(result["segments"], one), 0.0, one["duration"])
+            results.append({key: _as_given(value, given) for key, value in result.items()})
         return results
 
-    def to_seconds(
-        self, segments: Sequence[torch.Tensor], geometry: dict | Sequence[dict] | None = None
-    ) -> list[torch.Tensor]:
+    def to_seconds(self, segments: Sequence, geometry: dict | Sequence[dict] | None = None) -> list:
         """
         Positions on the feature grid, such as a dataset's segments, in seconds.
 
         Args:
-            segments: for each sample a tensor of any shape.
+            segments: for each sample a tensor or an array of any shape.
             geometry: as in `__call__`. Nothing is clipped to `duration`.
         """
-        geometries = self._geometries(geometry, [f"sample {index}" for index in range(len(segments))])
-        return [_to_seconds(torch.as_tensor(own), one) for own, one in zip(segments, geometries, strict=True)]
+        geometries = self._geometries(geometry, len(segments))
+        return [
+            _to_seconds(own if is_torch_tensor(own) else np.asarray(own), one)
+            for own, one in zip(segments, geometries, strict=True)
+        ]
+
+    def _geometries(self, geometry: dict | Sequence[dict] | None, count: int) -> list[dict]:
+        return [self._geometry(one, f"sample {index}") for index, one in enumerate(_one_each(geometry, count))]
 
     @staticmethod
-    def _candidates(outputs, settings: dict) -> tuple[torch.Tensor, ...]:
-        """Best scored segments of each level: sample (N,), segments (N, 2) on the grid, scores (N,), labels (N,), on CPU."""
-        logits, pred_segments = torch.as_tensor(outputs["logits"]), torch.as_tensor(outputs["pred_segments"])
-        point_mask, levels = outputs["point_mask"], outputs["point_levels"]
-        batch, points, classes = logits.shape
-        scores = logits.detach().float().sigmoid()
-        if point_mask is not None:
-            scores = scores * (torch.as_tensor(point_mask) > 0).to(scores.device)[..., None]
-        counts = [points]
+    def _candidates(outputs: dict, settings: dict) -> tuple[np.ndarray, ...]:
+        """Best scored segments of each level: sample (N,), segments (N, 2) on the grid, scores (N,), labels (N,)."""
+        scores = _sigmoid(outputs["logits"].astype(np.float32, copy=False))
+        if outputs["point_mask"] is not None:
+            scores *= (outputs["point_mask"] > 0)[..., None]
+        batch, points, classes = scores.shape
+        counts, levels = [points], outputs["point_levels"]
         if levels is not None:  # Trainer and accelerate fill up gathered outputs with negative numbers
-            levels = torch.as_tensor(levels)
-            longest = levels[(levels >= 0).sum(dim=1).argmax()]
-            counts = torch.bincount(longest[longest >= 0]).tolist()
-        best_scores, best_points, best_labels, first = [], [], [], 0
-        for count in counts:
-            flat = scores[:, first : first + count].flatten(1)
-            # Equal scores (saturated ones are common) stay in order of time and class, as in v1; topk leaves it open.
-            index = (
-                flat.topk(min(settings["pre_nms_topk"], flat.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
-            )
-            top, order = flat.gather(1, index).sort(dim=1, descending=True, stable=True)
-            index = index.gather(1, order)
-            best_scores.append(top)
-            best_points.append(index.div(classes, rounding_mode="floor") + first)
-            best_labels.append(index % classes)
-            first += count
-        scores, index, labels = torch.cat(best_scores, 1), torch.cat(best_points, 1), torch.cat(best_labels, 1)
-        segments = pred_segments.detach().float().take_along_dim(index[..., None], dim=1)
-        keep = (scores > settings["pre_nms_thresh"]) & (
-            segments[..., 1] - segments[..., 0] > settings["duration_thresh"]
-        )
-        sample = torch.arange(batch, device=keep.device)[:, None].expand_as(keep)
-        return tuple(x[keep].cpu() for x in (sample, segments, scores, labels))
+            longest = levels[(levels >= 0).sum(axis=1).argmax()]
+            counts = np.bincount(longest[longest >= 0]).tolist()
+        best, top_k = [np.zeros(0, dtype=np.int64)], settings["pre_nms_topk"]
+        for sample in range(batch):
+            first = 0
+            for count in counts:
+                own = scores[sample, first : first + count].reshape(-1)
+                found = own > settings["pre_nms_thresh"]
+                if len(own) > top_k:  # most are not worth sorting
+                    found &= own >= np.partition(own, -top_k)[-top_k]
+                index = np.flatnonzero(found)
+                # Equal scores (saturated ones are common) stay in order of time and class.
+                index = index[_best_first(own[index])[:top_k]]
+                best.append(index + (sample * points + first) * classes)
+                first += count
+        best = np.concatenate(best)
+        sample, point, labels = np.unravel_index(best, scores.shape)
+        segments = outputs["pred_segments"][sample, point].astype(np.float32, copy=False)
+        # (too short segments have counted among the best, as in v1)
+        keep = segments[:, 1] - segments[:, 0] > settings["duration_thresh"]
+        return sample[keep], segments[keep], scores.reshape(-1)[best[keep]], labels[keep]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Suppression
 
 
-def overlap(first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor], eps: float = 1e-6):
+def overlap(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], eps: float = 1e-6):
     """IoU of segments (start, end), broadcast; `eps` is added to lengths, as in v1, so that empty ones divide."""
-    intersection = torch.minimum(first[1], second[1]).sub_(torch.maximum(first[0], second[0])).clamp_(min=0)
-    union = ((first[1] - first[0]) + (second[1] - second[0]) + 2 * eps).sub_(intersection)
-    return intersection.div_(union)
+    intersection = np.minimum(first[1], second[1])
+    intersection -= np.maximum(first[0], second[0])
+    np.maximum(intersection, 0.0, out=intersection)
+    union = (first[1] - first[0]) + (second[1] - second[0] + 2 * eps)
+    union -= intersection
+    intersection /= union
+    return intersection
 
 
 def suppress(
-    segments: torch.Tensor,
-    scores: torch.Tensor,
-    groups: torch.Tensor,
+    segments,
+    scores,
+    groups,
     method: str,
     iou_threshold: float,
     sigma: float,
     min_score: float,
     max_segments: int,
-    recordings: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    recordings=None,
+) -> tuple:
     """
     Non-maximum suppression inside each group (a class of a recording, or a recording), all groups at once: again and
-    again, every group keeps its best segment and weighs down the others by their overlap with it.
+    again, every group keeps its best segment (of equal ones the first) and weighs down the others by their overlap with it.
 
     Args:
-        segments: (N, 2); scores: (N,); groups: (N,) integers; all on CPU.
+        segments: (N, 2); scores: (N,); groups: (N,) integers; arrays or tensors.
         method: "soft" (weight exp(-IoU ** 2 / sigma)), "linear" (1 - IoU from `iou_threshold` on) or "hard" (0 from
             `iou_threshold` on). Soft methods drop a segment whose score falls below `min_score`; hard NMS begins
             with the scores above `min_score`.
@@ -495,148 +592,211 @@ def suppress(
     Returns:
         indices (M,) of the segments kept, by group and then from best to worst, and their new scores (M,).
     """
+    given = scores
+    segments, scores = (_to_array(one).astype(np.float32, copy=False) for one in (segments, scores))
+    groups, recordings = _to_array(groups), None if recordings is None else _to_array(recordings)
+    candidates = np.arange(len(scores))
     if method == "hard" and min_score > 0:
-        candidates = (scores > min_score).nonzero()[:, 0]
-    else:
-        candidates = torch.arange(len(scores))
+        candidates = candidates[scores > min_score]
     if len(candidates) == 0:
-        return candidates, scores[candidates]
+        return _as_given(candidates, given), _as_given(scores[candidates], given)
 
-    candidates = candidates[groups[candidates].argsort(stable=True)]
-    _, sizes = groups[candidates].unique_consecutive(return_counts=True)
-    parts = candidates.split(sizes.tolist())
-    if method == "hard":  # v1 sorts first; the order of equal scores is the sort's
-        parts = [part[scores[part].sort(descending=True).indices] for part in parts]
+    candidates = candidates[groups[candidates].argsort(kind="stable")]
+    parts = np.split(candidates, np.flatnonzero(np.diff(groups[candidates])) + 1)
 
-    def decay(iou: torch.Tensor) -> torch.Tensor:
+    def decay(iou: np.ndarray) -> np.ndarray:
         if method == "soft":
-            return iou.square_().div_(-sigma).exp_()
-        return torch.where(iou >= iou_threshold, 1 - iou if method == "linear" else 0.0, 1.0)
+            np.square(iou, out=iou)
+            iou /= -sigma
+            return np.exp(iou, out=iou)
+        return np.where(iou >= iou_threshold, 1 - iou if method == "linear" else np.float32(0), np.float32(1))
 
     # Groups of like size together: filling up all to the largest would cost more than suppression.
-    floor = min_score if method != "hard" else torch.finfo(torch.float32).tiny
-    by_size: dict[int, list[torch.Tensor]] = {}
+    floor = min_score if method != "hard" else np.finfo(np.float32).tiny
+    by_size: dict[int, list[np.ndarray]] = {}
     for part in parts:
         by_size.setdefault(len(part).bit_length(), []).append(part)
     kept, kept_scores = zip(
         *(_suppress_rows(segments, scores, rows, decay, floor, max_segments, recordings) for rows in by_size.values()),
         strict=True,
     )
-    kept, kept_scores = torch.cat(kept), torch.cat(kept_scores)
-    order = groups[kept].argsort(stable=True)
-    return kept[order], kept_scores[order]
+    kept, kept_scores = np.concatenate(kept), np.concatenate(kept_scores)
+    order = groups[kept].argsort(kind="stable")
+    return _as_given(kept[order], given), _as_given(kept_scores[order], given)
 
 
-def _suppress_rows(segments, scores, rows: list[torch.Tensor], decay, floor: float, max_segments: int, recordings):
+def _suppress_rows(segments, scores, rows: list[np.ndarray], decay, floor: float, max_segments: int, recordings):
     """`suppress` for groups given as indices, side by side in the rows of a matrix, filled up with scores of -1."""
-    index = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    current = nn.utils.rnn.pad_sequence([scores[row].float() for row in rows], batch_first=True, padding_value=-1.0)
-    starts, ends = segments[:, 0].float()[index], segments[:, 1].float()[index]
+    lengths = np.array([len(row) for row in rows])
+    filled = np.arange(lengths.max()) < lengths[:, None]
+    index = np.zeros(filled.shape, dtype=np.int64)
+    index[filled] = np.concatenate(rows)
+    current = np.where(filled, scores[index], np.float32(-1))
+    starts, ends = segments[index, 0], segments[index, 1]
     turns = likely_turns = min(max_segments, index.shape[1])
     owners = None
     if recordings is not None:
-        _, owners = recordings[index[:, 0]].unique(return_inverse=True)
+        _, owners = np.unique(recordings[index[:, 0]], return_inverse=True)
         likely_turns = min(turns, 2 * max_segments * (int(owners.max()) + 1) // len(rows))
     decays = None
     if index.shape[1] <= 2 * likely_turns and index.shape[0] * index.shape[1] ** 2 <= _MAX_PAIRS:
-        pairs = overlap((starts[:, :, None], ends[:, :, None]), (starts[:, None], ends[:, None]))
-        decays = decay(pairs).flatten(0, 1)
-    first = torch.arange(len(rows)) * index.shape[1]
-    taken = current < 0
-    picks, pick_scores = [], []
+        decays = decay(overlap((starts[:, :, None], ends[:, :, None]), (starts[:, None], ends[:, None])))
+    each = np.arange(len(rows))
+    taken = ~filled
+    picks, pick_scores = np.empty((len(rows), turns), dtype=np.int64), np.empty((len(rows), turns), dtype=np.float32)
+    done = 0
     for turn in range(turns):
-        best_scores, best = current.max(dim=1)
+        best = current.argmax(axis=1)
+        best_scores = current[each, best]
         # A score falls below the floor only by a decay: the first choice of a group always stands.
-        if turn > 0 and bool((best_scores < floor).all()):
+        if turn > 0 and (best_scores < floor).all():
             break
         # (looking costs about as much as a turn)
-        if owners is not None and turn % 4 == 3 and _is_settled(pick_scores, best_scores, owners, floor, max_segments):
+        if (
+            owners is not None
+            and turn % 4 == 3
+            and _is_settled(pick_scores[:, :turn], best_scores, owners, floor, max_segments)
+        ):
             break
-        picks.append(best)
-        pick_scores.append(best_scores)
-        chosen = best[:, None]
+        picks[:, turn], pick_scores[:, turn] = best, best_scores
+        done = turn + 1
         if decays is not None:
-            current *= decays.index_select(0, first + best)
+            current *= decays[each, best]
         else:
-            current *= decay(overlap((starts.gather(1, chosen), ends.gather(1, chosen)), (starts, ends)))
-        current.scatter_(1, chosen, -1.0)
+            chosen = (starts[each, best][:, None], ends[each, best][:, None])
+            current *= decay(overlap(chosen, (starts, ends)))
+        current[each, best] = -1.0
         if floor <= 0:  # decays take -1 to -0, which would pass
-            current.masked_fill_(taken.scatter_(1, chosen, True), -1.0)
-    picks, pick_scores = torch.stack(picks, 1), torch.stack(pick_scores, 1)
+            taken[each, best] = True
+            current[taken] = -1.0
+    picks, pick_scores = picks[:, :done], pick_scores[:, :done]
     keep = pick_scores >= floor
     keep[:, 0] = True
     keep &= pick_scores >= 0
-    return index.gather(1, picks)[keep], pick_scores[keep]
+    return np.take_along_axis(index, picks, axis=1)[keep], pick_scores[keep]
 
 
-def _is_settled(pick_scores: list, best_scores: torch.Tensor, owners: torch.Tensor, floor: float, count: int) -> bool:
+def _is_settled(
+    pick_scores: np.ndarray, best_scores: np.ndarray, owners: np.ndarray, floor: float, count: int
+) -> bool:
     """
     Whether nothing that is still to be chosen can be among the best `count` of its recording: the scores of a group's
     choices only fall, so none of them passes the best one left.
     """
-    left = torch.full((int(owners.max()) + 1,), -1.0).scatter_reduce(0, owners, best_scores, "amax")
-    better = (torch.stack(pick_scores, dim=1) > left[owners, None]).sum(dim=1)
-    better = torch.zeros(len(left), dtype=torch.long).index_add(0, owners, better)
+    left = np.full(owners.max() + 1, -1.0, dtype=np.float32)
+    np.maximum.at(left, owners, best_scores)
+    better = np.bincount(owners, weights=(pick_scores > left[owners, None]).sum(axis=1))
     return bool(((better >= count) | (left < floor)).all())
 
 
-def vote(kept: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor, settings: dict) -> torch.Tensor:
+def vote(kept: np.ndarray, candidates: np.ndarray, scores: np.ndarray, settings: dict) -> np.ndarray:
     """Segment voting: each kept segment (M, 2) becomes the mean of the candidates (N, 2) near it, by score and IoU."""
     if len(kept) == 0:
         return kept
-    iou = overlap((kept[:, None, 0], kept[:, None, 1]), (candidates[None, :, 0], candidates[None, :, 1]), eps=0.0)
-    # (two empty segments have no IoU: not a number, which is not above any threshold)
-    weights = torch.where(iou >= settings["voting_thresh"], scores[None] * iou, 0.0)
-    total = weights.sum(dim=1, keepdim=True)
-    return torch.where(total > 0, weights @ candidates / total.clamp(min=torch.finfo(total.dtype).tiny), kept)
+    # Two empty segments have no IoU: 0 / 0 is not a number, which is not above any threshold.
+    with np.errstate(invalid="ignore"):
+        iou = overlap((kept[:, None, 0], kept[:, None, 1]), (candidates[None, :, 0], candidates[None, :, 1]), eps=0.0)
+        weights = np.where(iou >= settings["voting_thresh"], scores * iou, np.float32(0))
+    total = weights.sum(axis=1, keepdims=True)
+    return np.where(total > 0, weights @ candidates / np.maximum(total, np.finfo(np.float32).tiny), kept)
+
+
+def _best_first(scores: np.ndarray) -> np.ndarray:
+    """Indices from best to worst; equal scores stay in their order, which v1 leaves to the sort."""
+    return np.argsort(-scores, kind="stable")
 
 
 def _best(result: dict, count: int) -> dict:
-    # torch's own order of equal scores, as in v1
-    order = result["scores"].sort(descending=True).indices[:count]
+    order = _best_first(result["scores"])[:count]
     return {key: value[order] for key, value in result.items()}
 
 
-def _fuse(result: dict, class_scores: torch.Tensor, top_k: int) -> dict:
+def _fuse(result: dict, class_scores: np.ndarray, top_k: int) -> dict:
     """Every segment once for each of the best classes, with the geometric mean of both scores."""
-    best, labels = class_scores.float().cpu().topk(min(top_k, len(class_scores)))
+    labels = _best_first(class_scores)[:top_k]
     count = len(result["scores"])
     fused = {
-        "scores": (best[:, None] * result["scores"][None]).sqrt().flatten(),
-        "labels": labels[:, None].expand(-1, count).flatten(),
-        "segments": result["segments"].repeat(len(labels), 1),
+        "scores": np.sqrt(class_scores[labels][:, None] * result["scores"]).reshape(-1),
+        "labels": np.repeat(labels, count),
+        "segments": np.tile(result["segments"], (len(labels), 1)),
     }
     return _best(fused, len(fused["scores"]))
 
 
-def _to_seconds(segments: torch.Tensor, geometry: dict) -> torch.Tensor:
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    small = np.exp(-np.abs(logits))  # which cannot overflow
+    return np.where(logits >= 0, np.float32(1), small) / (1 + small)
+
+
+def _to_seconds(segments, geometry: dict):
     return (segments * geometry["feature_stride"] + 0.5 * geometry["num_frames"]) / geometry["fps"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors and arrays
+
+
+def _to_array(values) -> np.ndarray:
+    """Tensors on any device, and anything that numpy takes. numpy has no bfloat16: floating tensors become float32."""
+    if is_torch_tensor(values):
+        values = values.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()
+    return np.asarray(values)
+
+
+def _as_given(array: np.ndarray, given):
+    """An array as a tensor beside `given`, if that is one."""
+    return torch.from_numpy(array).to(given.device) if is_torch_tensor(given) else array
+
+
+def _plain(number):
+    """Numbers of numpy cannot be saved as JSON, and would make float64 of float32."""
+    return number.item() if isinstance(number, np.generic) else number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading and checking
 
 
+def window_features(signal: np.ndarray, window: int, stride: int) -> np.ndarray:
+    """Raw windows as features: (n, channels) to (T, window * channels) float32, T = (n - window) // stride + 1.
+
+    Feature t is samples t * stride to t * stride + window, sample after sample, so that fps is the sampling rate,
+    feature_stride the stride and num_frames the window. This is how Bock et al. (2024,
+    https://arxiv.org/abs/2311.15831) bring temporal action localization to wearable sensors.
+
+    Raises:
+        ValueError: the signal is not (n, channels), is shorter than a window, or window or stride is below 1.
+    """
+    signal = np.asarray(signal, dtype=np.float32)
+    if signal.ndim != 2 or window < 1 or stride < 1 or len(signal) < window:
+        raise ValueError(
+            f"Windows of {window} samples, one each {stride}, need a signal (samples, channels) of at least one window, "
+            f"but its shape is {signal.shape}. Use a longer recording or a smaller window."
+        )
+    windows = np.lib.stride_tricks.sliding_window_view(signal, window, axis=0)[::stride]
+    # A copy, because windows share their samples with one another and with the signal.
+    return np.array(windows.transpose(0, 2, 1), order="C").reshape(len(windows), -1)
+
+
 def _as_samples(features) -> list:
     """One sample or many, as a list of samples."""
-    if isinstance(features, Mapping):  # what `pad` takes: {"input_features": [...]}
-        if "input_features" not in features:
-            raise ValueError(f"The features are a mapping with the keys {list(features)}; expected 'input_features'.")
+    if isinstance(features, Mapping) and "input_features" in features:  # what `pad` takes
         features = features["input_features"]
-    if isinstance(features, str | os.PathLike):
+    if isinstance(features, str | os.PathLike | Mapping):
         return [features]
-    if isinstance(features, torch.Tensor | np.ndarray) and features.ndim < 3:
+    is_array = isinstance(features, np.ndarray) or is_torch_tensor(features)
+    if is_array and features.ndim < 3:
         return [features]
     if len(features) == 0:
         raise ValueError("No features given: there is no sample.")
-    if isinstance(features, torch.Tensor | np.ndarray):
+    if is_array:
         return list(features)
     first = features[0]
-    if isinstance(first, str | os.PathLike) or (hasattr(first, "ndim") and first.ndim != 1):
+    if isinstance(first, str | os.PathLike | Mapping) or getattr(first, "ndim", 1) != 1:
         return list(features)
-    if hasattr(first, "ndim") or np.isscalar(first) or np.isscalar(first[0] if len(first) else 0.0):
-        return [np.asarray(features)]  # one sample as a list of steps
-    return [np.asarray(sample) for sample in features]
+    is_step = hasattr(first, "ndim") or np.isscalar(first) or np.isscalar(first[0] if len(first) else 0.0)
+    return [features] if is_step else list(features)
 
 
 def _name_samples(samples: list, names: Sequence[str] | None) -> list[str]:
@@ -644,30 +804,92 @@ def _name_samples(samples: list, names: Sequence[str] | None) -> list[str]:
         if len(names) != len(samples):
             raise ValueError(f"names has {len(names)} entries for {len(samples)} samples; give one each.")
         return [str(name) for name in names]
-    return [
-        str(sample) if isinstance(sample, str | os.PathLike) else f"sample {index}"
-        for index, sample in enumerate(samples)
-    ]
+    names = []
+    for index, sample in enumerate(samples):
+        if isinstance(sample, Mapping):
+            sample = sample.get("signal", sample.get("features"))
+        names.append(str(sample) if isinstance(sample, str | os.PathLike) else f"sample {index}")
+    return names
+
+
+def _read(values, kind: str, name: str) -> np.ndarray:
+    """An array of two axes, or the path of one, as float32."""
+    expected = f"expected numbers in an array ({_AXES[kind]}, channels)."
+    values = _load(values, name) if isinstance(values, str | os.PathLike) else values
+    try:
+        array = _to_array(values)
+    except ValueError as error:  # steps of different widths
+        raise ValueError(f"{name}: {kind} that are no array ({error}); {expected}") from error
+    if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool) or array.dtype.kind == "c":
+        raise ValueError(f"{name}: {kind} of dtype {array.dtype}; {expected}")
+    if array.ndim != 2:
+        raise ValueError(f"{name}: {kind} of shape {array.shape}; {expected}")
+    return np.ascontiguousarray(array, dtype=np.float32)
 
 
 def _load(path: str | os.PathLike, name: str) -> np.ndarray:
+    load = _load_safetensors if Path(path).suffix.lower() == ".safetensors" else _load_numpy
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            return loaded
-        with loaded:
-            arrays = loaded.files
-            keys = [key for key in ("features", "feats") if key in arrays] or arrays
-            if len(keys) == 1:
-                return loaded[keys[0]]
+        keys, array = load(path)
     except FileNotFoundError as error:
         raise ValueError(f"{name}: there is no file {path}.") from error
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # (numpy's own words advise to unpickle whatever it does not know)
+        reason = "not in this format, or Python objects" if "pickle" in str(error) else error
         raise ValueError(
-            f"{name}: {path} is no readable .npy or .npz file of numbers ({error}). Object arrays are refused, because "
-            "loading them runs code: save with np.save(path, array.astype(np.float32))."
+            f"{name}: {'it' if name == str(path) else path} is no readable .npy, .npz or .safetensors file of numbers "
+            f"({reason}). Objects are refused, because loading them runs code: save with "
+            "np.save(path, array.astype(np.float32))."
         ) from error
-    raise ValueError(f"{name}: {path} holds the arrays {arrays}; expected one, or one named 'features'.")
+    if array is None:
+        raise ValueError(f"{name}: {path} holds the arrays {keys}; expected one, or one named 'features'.")
+    return array
+
+
+def _load_numpy(path: str | os.PathLike) -> tuple[list[str], np.ndarray | None]:
+    """What arrays a file holds, and the one to take, if that is clear."""
+    loaded = np.load(path, allow_pickle=False)
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        return [], loaded
+    with loaded:
+        key = _find_key(loaded.files)
+        return loaded.files, None if key is None else loaded[key]
+
+
+def _load_safetensors(path: str | os.PathLike) -> tuple[list[str], np.ndarray | None]:
+    """As `_load_numpy`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            keys = list(file.keys())
+            key = _find_key(keys)
+            dtype = None if key is None else file.get_slice(key).get_dtype()
+            if dtype is None or not dtype.startswith(("BF", "F8")):
+                return keys, None if key is None else file.get_tensor(key)
+        if not is_torch_available():
+            raise ValueError(f"numbers of type {dtype} need torch, which is not installed")
+        with safe_open(path, framework="pt") as file:
+            return keys, _to_array(file.get_tensor(key))
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _find_key(keys: list[str]) -> str | None:
+    keys = [key for key in ("features", "feats") if key in keys] or keys
+    return keys[0] if len(keys) == 1 else None
+
+
+def _one_each(geometry: dict | Sequence[dict] | None, count: int) -> list[dict | None]:
+    if geometry is None or isinstance(geometry, dict):
+        geometry = [geometry] * count
+    if len(geometry) != count:
+        raise ValueError(f"geometry has {len(geometry)} entries for {count} samples; give one each, or one for all.")
+    return list(geometry)
+
+
+def _without_none(geometry: dict | None) -> dict:
+    return {key: _plain(value) for key, value in (geometry or {}).items() if value is not None}
 
 
 def _is_number(value) -> bool:
@@ -686,6 +908,7 @@ def _check_geometry(geometry: dict, name: str):
 
 
 def _check_settings(settings: dict) -> dict:
+    settings = {name: _plain(value) for name, value in settings.items()}
     if settings["nms_method"] not in _NMS_METHODS:
         raise ValueError(f"nms_method is {settings['nms_method']!r}; expected one of {', '.join(_NMS_METHODS)}.")
     for name in ("pre_nms_topk", "max_seg_num", "external_topk"):
@@ -753,10 +976,7 @@ def _to_labels(annotation, length: int, geometry: dict, label2id: dict[str, int]
                 f"{name}: segment {index} [{start}, {stop}] {problem}; expected 0 <= start < end <= duration, in seconds."
             )
     grid = (seconds * geometry["fps"] - 0.5 * geometry["num_frames"]) / geometry["feature_stride"]
-    return {
-        "segments": torch.from_numpy(grid).float(),
-        "class_labels": torch.tensor(ids, dtype=torch.long),
-    }
+    return {"segments": grid.astype(np.float32), "class_labels": np.array(ids, dtype=np.int64)}
 
 
 def _to_id(label, label2id: dict[str, int] | None, name: str, index: int) -> int:
@@ -776,4 +996,4 @@ def _to_id(label, label2id: dict[str, int] | None, name: str, index: int) -> int
     return int(label)
 
 
-__all__ = ["ConvTransformerFeatureExtractor"]
+__all__ = ["ConvTransformerFeatureExtractor", "window_features"]

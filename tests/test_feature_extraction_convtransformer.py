@@ -4,6 +4,9 @@ import itertools
 import json
 import math
 import os
+import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +17,11 @@ import torch
 import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from safetensors.torch import save_file as save_tensors
 from transformers import AutoFeatureExtractor
+from transformers.dynamic_module_utils import get_imports
 
 from modeling_convtransformer import (
     ConvTransformerConfig,
@@ -23,7 +29,7 @@ from modeling_convtransformer import (
     ConvTransformerTemporalActionLocalizationOutput,
 )
 from modeling_convtransformer import feature_extraction_convtransformer as module
-from modeling_convtransformer.feature_extraction_convtransformer import overlap, suppress, vote
+from modeling_convtransformer.feature_extraction_convtransformer import overlap, suppress, vote, window_features
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RECIPES = sorted((Path(__file__).parent.parent / "configuration").glob("*.yaml"))
@@ -61,6 +67,11 @@ def plain(**settings):
     return ConvTransformerFeatureExtractor(
         **{"feature_size": 4, "fps": 1.0, "feature_stride": 1, "num_frames": 1, **settings}
     )
+
+
+def sensor(**settings):
+    """Windows of 3 samples of 2 channels, one each 2 samples, at 8 samples a second."""
+    return make(**{"feature_size": 6, "num_frames": 3, "feature_stride": 2, **settings})
 
 
 def features(length, seed=0, width=4):
@@ -154,16 +165,21 @@ def test_other_numbers_become_float32():
 
 
 def test_reads_files(tmp_path):
-    samples = [features(length, seed=length) for length in (3, 4, 5, 6, 7)]
+    samples = [features(length, seed=length) for length in range(3, 11)]
     np.save(tmp_path / "plain.npy", samples[0])
     np.save(tmp_path / "double.npy", samples[1].astype(np.float64))
     np.savez(tmp_path / "one.npz", whatever=samples[2])
     np.savez_compressed(tmp_path / "named.npz", features=samples[3], times=np.arange(6))
     np.savez(tmp_path / "feats.npz", feats=samples[4], fps=np.float64(25))
-    paths = [tmp_path / name for name in ("plain.npy", "double.npy", "one.npz", "named.npz", "feats.npz")]
+    save_file({"whatever": samples[5]}, tmp_path / "one.safetensors")
+    save_file({"features": samples[6], "times": np.arange(9)}, tmp_path / "NAMED.SAFETENSORS")
+    save_file({"feats": samples[7].astype(np.float64), "fps": np.array([25.0])}, tmp_path / "feats.safetensors")
+    names = ["plain.npy", "double.npy", "one.npz", "named.npz", "feats.npz"]
+    names += ["one.safetensors", "NAMED.SAFETENSORS", "feats.safetensors"]
+    paths = [tmp_path / name for name in names]
 
-    batch = make()([*paths[:3], str(paths[3]), str(paths[4])])
-    assert batch["attention_mask"].sum(1).tolist() == [3, 4, 5, 6, 7]
+    batch = make()([*paths[:3], *map(str, paths[3:])])
+    assert batch["attention_mask"].sum(1).tolist() == list(range(3, 11))
     for row, sample in zip(batch["input_features"], samples, strict=True):
         np.testing.assert_array_equal(row[: len(sample)].numpy(), sample)
         assert row[len(sample) :].abs().sum() == 0
@@ -173,6 +189,22 @@ def test_reads_files(tmp_path):
             np.testing.assert_array_equal(make()(one)["input_features"][0].numpy(), sample)
     mixed = make()([samples[2], paths[2], torch.from_numpy(samples[2])])
     np.testing.assert_array_equal(mixed["input_features"].numpy(), np.stack([samples[2]] * 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e5m2, torch.int32])
+def test_reads_safetensors_of_any_numbers(tmp_path, dtype):
+    """numpy has neither bfloat16 nor float8."""
+    tensor = torch.arange(12).reshape(3, 4).to(dtype)
+    save_tensors({"features": tensor}, tmp_path / "some.safetensors")
+    assert make()(tmp_path / "some.safetensors")["input_features"][0].tolist() == tensor.float().tolist()
+
+
+def test_bfloat16_needs_torch(tmp_path, monkeypatch):
+    path = tmp_path / "half.safetensors"
+    save_tensors({"features": torch.zeros(3, 4).bfloat16()}, path)
+    monkeypatch.setattr(module, "is_torch_available", lambda: False)
+    with pytest.raises(ValueError, match=rf"^{path}: .*numbers of type BF16 need torch.*astype\(np.float32\)"):
+        make()(path)
 
 
 def test_padding_arguments():
@@ -217,6 +249,19 @@ def test_inherited_pad():
     padded = extractor.pad({"input_features": samples}, padding="max_length", max_length=6, return_tensors="np")
     assert padded["input_features"].shape == (2, 6, 4)
     assert padded["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("return_tensors", ["pt", "np"])
+def test_features_of_width_one_are_padded_in_time_only(return_tensors):
+    """transformers takes a feature_size of 1 for sequences without an axis of channels."""
+    samples = [features(3, width=1), features(2, seed=1, width=1)]
+    batch = make(feature_size=1, padding_value=2.0)(samples, pad_to_multiple_of=4, return_tensors=return_tensors)
+    assert batch["input_features"].shape == (2, 4, 1)
+    assert batch["input_features"][0, :3].tolist() == samples[0].tolist()
+    assert batch["input_features"][1, 2:].tolist() == [[2.0], [2.0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
+    without_axis = make(feature_size=1).pad({"input_features": [[1.0, 2.0], [3.0]]}, return_tensors=return_tensors)
+    assert without_axis["input_features"].tolist() == [[1.0, 2.0], [3.0, 0.0]]
 
 
 # --- In: annotations ------------------------------------------------------------------------------------------------
@@ -269,6 +314,19 @@ def test_no_annotations_for_one_sample():
     assert label["segments"].shape == (0, 2)
 
 
+def test_labels_are_of_the_kind_that_is_returned():
+    annotation = {"segments": torch.tensor([[2.0, 3.5]]), "labels": torch.tensor([1])}
+    for return_tensors in ("np", None):
+        (label,) = make()(features(20), annotations=annotation, return_tensors=return_tensors)["labels"]
+        assert isinstance(label["segments"], np.ndarray)
+        assert label["segments"].dtype == np.float32
+        assert label["segments"].tolist() == [[2.0, 5.0]]
+        assert label["class_labels"].dtype == np.int64
+        assert label["class_labels"].tolist() == [1]
+        (label,) = make()(features(20), annotations=[], return_tensors=return_tensors)["labels"]
+        assert (label["segments"].shape, label["class_labels"].shape) == ((0, 2), (0,))
+
+
 def test_geometry_of_each_sample_sets_its_labels():
     annotation = {"segments": [[1.0, 2.0]], "labels": [0]}
     geometry = [{"fps": 16.0}, {"feature_stride": 2, "num_frames": 4}, {}]
@@ -308,6 +366,218 @@ def test_seconds_to_grid_and_back(fps, stride, num_frames, start, length):
     # Decoding has four steps in float32, with three constants: each of the seven rounds to 6e-8 of the largest number.
     tolerance = 5e-7 * (start + length + num_frames / fps)
     assert result["segments"][0].tolist() == pytest.approx([start, start + length], abs=tolerance)
+
+
+# --- In: signals and samples with their own geometry ----------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    samples=st.integers(1, 60),
+    channels=st.integers(1, 4),
+    window=st.integers(1, 9),
+    stride=st.integers(1, 12),
+    whole=st.sampled_from([int, float]),
+)
+def test_a_signal_is_cut_into_windows(samples, channels, window, stride, whole):
+    assume(samples >= window)
+    signal = features(samples, width=channels)
+    extractor = make(feature_size=window * channels, num_frames=whole(window), feature_stride=whole(stride))
+    batch = extractor({"signal": signal})
+    # A loop over all places where a window fits.
+    expected = [signal[start : start + window].ravel() for start in range(0, samples - window + 1, stride)]
+    np.testing.assert_array_equal(batch["input_features"].numpy(), np.stack(expected)[None])
+    assert extractor.geometry_of({"signal": signal}) == [
+        {"fps": 8.0, "feature_stride": stride, "num_frames": window, "duration": samples / 8.0}
+    ]
+
+
+def test_samples_as_dicts(tmp_path):
+    signal, array = features(9, width=2), features(4, seed=1, width=6)
+    np.save(tmp_path / "signal.npy", signal)
+    np.save(tmp_path / "features.npy", array)
+    windows = window_features(signal, 3, 2)
+    assert len(windows) == len(array) == 4
+    for sample in (
+        {"signal": signal},
+        {"signal": torch.from_numpy(signal)},
+        {"signal": signal.tolist()},
+        {"signal": tmp_path / "signal.npy"},
+        {"signal": str(tmp_path / "signal.npy"), "fps": 50, "duration": None},
+    ):
+        for given_as in (sample, [sample]):
+            np.testing.assert_array_equal(sensor()(given_as)["input_features"][0].numpy(), windows)
+    for sample in (
+        {"features": array},
+        {"features": torch.from_numpy(array), "duration": 1.25},
+        {"features": list(array)},
+        {"features": str(tmp_path / "features.npy"), "fps": None},
+    ):
+        for given_as in (sample, [sample]):
+            np.testing.assert_array_equal(sensor()(given_as)["input_features"][0].numpy(), array)
+    for mixed in ([{"signal": signal}, array, tmp_path / "features.npy"], [array, {"signal": signal}, array]):
+        batch = sensor()(mixed)["input_features"].numpy()
+        for row, sample in zip(batch, mixed, strict=True):
+            np.testing.assert_array_equal(row, windows if isinstance(sample, dict) else array)
+
+
+def test_geometry_beside_the_values_counts_as_geometry():
+    annotation = {"segments": [[1.0, 2.0]], "labels": [0]}
+    array = features(20)
+    own = [{"fps": 16.0}, {"feature_stride": 2, "num_frames": 4}, {"duration": 11.0}]
+    batch = make()([{"features": array, **one} for one in own], annotations=[annotation] * 3)
+    expected = make()([array] * 3, annotations=[annotation] * 3, geometry=own)
+    assert [label["segments"].tolist() for label in batch["labels"]] == [
+        label["segments"].tolist() for label in expected["labels"]
+    ]
+    assert make().geometry_of([{"features": array, **one} for one in own]) == make().geometry_of([array] * 3, own)
+    # Both may say the same, and each something else.
+    (whole,) = make().geometry_of(
+        {"features": array, "fps": np.float32(16)}, {"fps": 16, "duration": 5, "num_frames": None}
+    )
+    assert whole == {"fps": 16.0, "feature_stride": 4, "num_frames": 16, "duration": 5}
+    assert isinstance(whole["fps"], float)
+    # The windows of a signal are those of its own geometry.
+    windows = make(feature_size=6)([{"signal": features(9, width=2), "num_frames": 3, "feature_stride": 2}])
+    np.testing.assert_array_equal(windows["input_features"][0], window_features(features(9, width=2), 3, 2))
+    windows = make(feature_size=6)({"signal": features(9, width=2)}, geometry={"num_frames": 3, "feature_stride": 2})
+    np.testing.assert_array_equal(windows["input_features"][0], window_features(features(9, width=2), 3, 2))
+
+
+def test_the_duration_of_a_signal_is_known():
+    signal = features(9, width=2)
+    sensor()({"signal": signal}, annotations={"segments": [[0.5, 1.0]], "labels": [0]})
+    with pytest.raises(ValueError, match=r"ends after the recording, at 1\.12 s"):
+        sensor()({"signal": signal}, annotations={"segments": [[0.5, 1.6]], "labels": [0]})
+    assert sensor().geometry_of(
+        [{"signal": signal, "fps": 4.5}, {"signal": signal, "duration": 1.1}, features(3)]
+    ) == [
+        {"fps": 4.5, "feature_stride": 2, "num_frames": 3, "duration": 2.0},
+        {"fps": 8.0, "feature_stride": 2, "num_frames": 3, "duration": 1.1},
+        {"fps": 8.0, "feature_stride": 2, "num_frames": 3, "duration": None},
+    ]
+    # so results are clipped to it
+    extractor = sensor()
+    found = outputs([[[0.9]]], [[[0, 40]]])
+    (result,) = process(extractor, found, geometry=extractor.geometry_of({"signal": signal}))
+    assert result["segments"].tolist() == [[0.1875, 1.125]]
+
+
+@pytest.mark.parametrize("kind", ["features", "signal"])
+def test_load_reads_once_for_values_and_geometry(tmp_path, monkeypatch, kind):
+    path = tmp_path / "one.npy"
+    np.save(path, features(9, width=2 if kind == "signal" else 6))
+    reads = []
+    read = np.load
+    monkeypatch.setattr(np, "load", lambda *args, **kwargs: reads.append(args) or read(*args, **kwargs))
+
+    extractor = sensor()
+    sample = {kind: path, "fps": 4.0}
+    array, geometry = extractor.load(sample)
+    assert len(reads) == 1
+    assert array.dtype == np.float32
+    assert array.shape == ((4, 6) if kind == "signal" else (9, 6))
+    assert geometry["fps"] == 4.0
+    assert geometry["duration"] == (9 / 4.0 if kind == "signal" else None)
+    loaded = {"features": array, **geometry}
+    assert extractor.geometry_of(loaded) == [geometry]
+    batch = extractor(loaded)
+    assert len(reads) == 1
+    extractor.geometry_of({kind: path, "duration": 2.0})
+    extractor.geometry_of(path)
+    assert len(reads) == 1
+    assert torch.equal(batch["input_features"], extractor(sample)["input_features"])
+    assert extractor.geometry_of(sample) == [geometry]
+
+
+def test_load_takes_one_sample_in_any_form(tmp_path):
+    array = features(9)
+    np.save(tmp_path / "one.npy", array)
+    for sample in (array, torch.from_numpy(array).bfloat16().double(), array.tolist(), tmp_path / "one.npy"):
+        found, geometry = make().load(sample, geometry={"fps": 30})
+        np.testing.assert_allclose(found, array, rtol=2**-8)
+        assert geometry == {"fps": 30, "feature_stride": 4, "num_frames": 16, "duration": None}
+    with pytest.raises(ValueError, match=r"^sample 0: features of shape \(2, 9, 4\)"):
+        make().load(np.stack([array, array]))
+    with pytest.raises(ValueError, match=r"^my video: features of shape"):
+        make().load(array[:, :3], "my video")
+    with pytest.raises(ValueError, match=r"^my video: 9 features contradict the duration"):
+        make().load({"features": array, "duration": 90.0}, name="my video")
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (
+            {"features": features(9), "rate": 8},
+            "with the keys features, rate; expected .* fps, feature_stride, num_frames",
+        ),
+        (
+            {"signal": features(9), "features": features(9)},
+            "keys signal, features; expected either features or signal",
+        ),
+        ({"values": features(9)}, "keys values; expected either features or signal"),
+        ({"fps": 8}, "keys fps; expected either features or signal"),
+        ({}, "keys ; expected either features or signal"),
+        ({"input_features": features(9)}, "keys input_features; .*input_features is a whole batch"),
+        ({"features": features(9), 3: 4}, "keys features, 3; expected"),
+        ({"features": None}, "dtype object; expected numbers"),
+        ({"features": [[1.0, 2.0], [3.0]]}, "features that are no array"),
+        ({"features": features(9)[None]}, r"features of shape \(1, 9, 4\); expected .* \(time, channels\)"),
+        ({"features": features(9, width=6), "fps": -1}, "fps is -1; expected a positive number"),
+        ({"features": features(9, width=6), "duration": "3 s"}, "duration is '3 s'; expected a positive number"),
+        ({"signal": features(9)}, r"signal of shape \(9, 4\); expected \(samples, 2\).*num_frames \* channels"),
+        (
+            {"signal": features(2, width=9)},
+            r"signal of shape \(2, 9\); expected \(samples, 2\).*transpose it, signal\.T",
+        ),
+        ({"signal": features(9)[:, 0]}, r"signal of shape \(9,\); expected .* \(samples, channels\)"),
+        ({"signal": features(0, width=2)}, "signal with no time steps"),
+        ({"signal": features(2, width=2)}, "signal has 2 samples; expected at least the 3 of one window"),
+        ({"signal": features(9, width=2) * np.inf}, "signal with 18 values that are NaN or infinite, .* time step 0"),
+        ({"signal": features(9, width=2), "num_frames": 2.5}, "num_frames is 2.5; expected a whole number of samples"),
+        ({"signal": features(9, width=2), "feature_stride": 0.5}, "feature_stride is 0.5; expected a whole number"),
+        ({"signal": features(9, width=2), "num_frames": 4}, "feature_size is 6, no multiple of num_frames, 4"),
+        ({"signal": features(9, width=2), "num_frames": 12}, "feature_size is 6, no multiple of num_frames, 12"),
+        ({"signal": features(9, width=2), "duration": 60.0}, "4 features contradict the duration: 60.0 s"),
+        ({"signal": np.array([["1", "2"]] * 9)}, "signal of dtype <U1; expected numbers"),
+    ],
+)
+def test_bad_dicts_name_the_sample(sample, message):
+    good = {"signal": features(9, width=2)}
+    with pytest.raises(ValueError, match=f"^sample 1: .*{message}"):
+        sensor()([good, sample])
+    with pytest.raises(ValueError, match=f"^my walk: .*{message}"):
+        sensor().load(sample, "my walk")
+
+
+def test_bad_files_in_dicts_are_named(tmp_path):
+    for kind in ("features", "signal"):
+        with pytest.raises(ValueError, match=f"^{tmp_path}/none.npy: there is no file"):
+            sensor()([features(9, width=6), {kind: tmp_path / "none.npy"}])
+        with pytest.raises(ValueError, match=r"^my walk: there is no file"):
+            sensor()({kind: str(tmp_path / "none.npy")}, names=["my walk"])
+
+
+def test_geometry_given_twice_must_agree():
+    sample = {"features": features(9), "fps": 25.0}
+    with pytest.raises(ValueError, match=r"^sample 1: fps is 25.0 beside its features, but 30 in `geometry`"):
+        make()([features(9), sample], geometry={"fps": 30})
+    with pytest.raises(ValueError, match=r"^sample 1: fps is 25.0 beside its features, but 30 in `geometry`"):
+        make().geometry_of([features(9), sample], geometry=[None, {"fps": 30}])
+    with pytest.raises(ValueError, match=r"^sample 0: geometry has the keys rate"):
+        make()(sample, geometry={"rate": 25})
+    make()(sample, geometry={"fps": 25, "duration": None})
+
+
+def test_raw_values_are_told_how_to_be_windowed():
+    with pytest.raises(
+        ValueError, match=r'^sample 0: features of shape \(90, 2\).* pass \{"signal": array\}.*windows of 3'
+    ):
+        sensor()(features(90, width=2))
+    with pytest.raises(ValueError, match="set feature_size") as error:
+        sensor()(features(90, width=3))
+    assert "signal" not in str(error.value)
 
 
 # --- In: bad samples ------------------------------------------------------------------------------------------------
@@ -417,6 +687,17 @@ BAD_FILES = {
     "folder.npy": lambda path, trap: path.mkdir(),
     "missing.npy": lambda path, trap: None,
     "missing.npz": lambda path, trap: None,
+    "pickle.safetensors": write_pickle,
+    "truncated.safetensors": lambda path, trap: (
+        save_file({"features": features(50)}, path),
+        path.write_bytes(path.read_bytes()[:400]),
+    ),
+    "nothing.safetensors": lambda path, trap: path.write_bytes(b""),
+    "folder.safetensors": lambda path, trap: path.mkdir(),
+    "missing.safetensors": lambda path, trap: None,
+    "two.safetensors": lambda path, trap: save_file({"a": features(9), "b": features(9)}, path),
+    "none.safetensors": lambda path, trap: save_file({}, path),
+    "complex.safetensors": lambda path, trap: save_file({"features": features(9).astype(np.complex64)}, path),
     "two.npz": lambda path, trap: np.savez(path, a=features(9), b=features(9)),
     "none.npz": lambda path, trap: np.savez(path),
 }
@@ -615,6 +896,11 @@ def test_unknown_settings_and_bad_arguments():
 # --- Saved settings -------------------------------------------------------------------------------------------------
 
 
+def settings_of(extractor):
+    """Without auto_map, which saving adds: where the code is."""
+    return {name: value for name, value in extractor.to_dict().items() if name != "auto_map"}
+
+
 def test_every_setting_comes_back_from_a_folder(tmp_path):
     fields = {
         "feature_size": 12,
@@ -637,7 +923,7 @@ def test_every_setting_comes_back_from_a_folder(tmp_path):
         assert saved[name] == value, name
         assert getattr(loaded, name) == value, name
         assert type(getattr(loaded, name)) is type(value), name
-    assert loaded.to_dict() == ConvTransformerFeatureExtractor(**fields).to_dict()
+    assert settings_of(loaded) == settings_of(ConvTransformerFeatureExtractor(**fields))
 
     changed = ConvTransformerFeatureExtractor.from_pretrained(tmp_path, fps=25, max_seg_num=7)
     assert (changed.fps, changed.max_seg_num, changed.feature_stride) == (25, 7, 3.5)
@@ -646,9 +932,11 @@ def test_every_setting_comes_back_from_a_folder(tmp_path):
 
 
 def test_numpy_numbers_can_be_saved(tmp_path):
-    make(fps=np.float32(12.5), feature_stride=np.int64(8), num_frames=None).save_pretrained(tmp_path)
+    extractor = make(fps=np.float32(12.5), feature_stride=np.int64(8), num_frames=None, iou_threshold=np.float64(0.25))
+    extractor.save_pretrained(tmp_path)
     loaded = ConvTransformerFeatureExtractor.from_pretrained(tmp_path)
     assert (loaded.fps, loaded.feature_stride, loaded.num_frames) == (12.5, 8, 8)
+    assert (loaded.iou_threshold, loaded.sampling_rate) == (0.25, 12.5)
 
 
 def test_auto_feature_extractor(tmp_path):
@@ -656,7 +944,7 @@ def test_auto_feature_extractor(tmp_path):
     make(**UNUSUAL).save_pretrained(tmp_path)
     loaded = AutoFeatureExtractor.from_pretrained(tmp_path)
     assert type(loaded) is ConvTransformerFeatureExtractor
-    assert loaded.to_dict() == make(**UNUSUAL).to_dict()
+    assert settings_of(loaded) == settings_of(make(**UNUSUAL))
 
 
 def recipes_with_a_section():
@@ -676,7 +964,7 @@ def test_from_yaml_reads_our_recipes(path, tmp_path):
     assert set(section) <= set(make().to_dict())
     assert ConvTransformerFeatureExtractor.from_yaml(str(path), fps=12, nms_method="hard").fps == 12
     extractor.save_pretrained(tmp_path)
-    assert ConvTransformerFeatureExtractor.from_pretrained(tmp_path).to_dict() == extractor.to_dict()
+    assert settings_of(ConvTransformerFeatureExtractor.from_pretrained(tmp_path)) == settings_of(extractor)
 
 
 V1_YAML = """
@@ -996,13 +1284,15 @@ def test_suppress_nothing():
 
 
 def test_overlap_by_hand():
-    first = torch.tensor([[0.0, 10.0], [0.0, 10.0], [0.0, 10.0], [3.0, 3.0]]).T
-    second = torch.tensor([[5.0, 15.0], [10.0, 20.0], [2.0, 4.0], [3.0, 3.0]]).T
+    first = np.array([[0.0, 10.0], [0.0, 10.0], [0.0, 10.0], [3.0, 3.0]], dtype=np.float32).T
+    second = np.array([[5.0, 15.0], [10.0, 20.0], [2.0, 4.0], [3.0, 3.0]], dtype=np.float32).T
     # float32 sums near 20 round to 1e-6: 1e-7 of the union
     assert overlap(tuple(first), tuple(second)).tolist() == pytest.approx([1 / 3, 0, 0.2, 0], **FLOAT32)
-    ious = overlap(tuple(first), tuple(second), eps=0.0)
+    with np.errstate(invalid="ignore"):
+        ious = overlap(tuple(first), tuple(second), eps=0.0)
+    assert ious.dtype == np.float32
     assert ious[:3].tolist() == pytest.approx([1 / 3, 0, 0.2], **FLOAT32)
-    assert ious[3].isnan()
+    assert np.isnan(ious[3])
 
 
 # --- Out: v1's suppression ------------------------------------------------------------------------------------------
@@ -1027,7 +1317,7 @@ def golden_results(data, case):
     )
     segments = given["segs"][kept]
     if options.get("voting_thresh", 0) > 0:
-        segments = vote(segments, given["segs"], given["scores"], options)
+        segments = torch.from_numpy(vote(segments.numpy(), given["segs"].numpy(), given["scores"].numpy(), options))
     order = scores.argsort(descending=True)[: options["max_seg_num"]]
     return scores[order], given["labels"][kept][order], segments[order]
 
@@ -1393,11 +1683,13 @@ def test_voting_by_hand():
 
 
 def test_voting_with_segments_of_length_zero_is_finite():
-    kept = torch.tensor([[3.0, 3.0], [0.0, 4.0]])
-    candidates = torch.tensor([[3.0, 3.0], [0.0, 4.0], [3.0, 3.0]])
-    voted = vote(kept, candidates, torch.tensor([0.9, 0.8, 0.7]), {"voting_thresh": 0.5})
+    kept = np.array([[3, 3], [0, 4]], dtype=np.float32)
+    candidates = np.array([[3, 3], [0, 4], [3, 3]], dtype=np.float32)
+    scores = np.array([0.9, 0.8, 0.7], dtype=np.float32)
+    voted = vote(kept, candidates, scores, {"voting_thresh": 0.5})
     assert voted.tolist() == [[3.0, 3.0], [0.0, 4.0]]
-    assert vote(kept[:0], candidates, torch.ones(3), {"voting_thresh": 0.5}).shape == (0, 2)
+    assert voted.dtype == np.float32
+    assert vote(kept[:0], candidates, scores, {"voting_thresh": 0.5}).shape == (0, 2)
 
 
 def test_external_scores():
@@ -1465,11 +1757,75 @@ def test_forms_of_outputs():
         assert {key: value.tolist() for key, value in result.items()} == {
             key: value.tolist() for key, value in expected.items()
         }
-        assert not any(value.requires_grad for value in result.values())
+        is_tensor = isinstance(form["logits"], torch.Tensor)
+        assert all(isinstance(value, torch.Tensor if is_tensor else np.ndarray) for value in result.values())
+        assert not (is_tensor and any(value.requires_grad for value in result.values()))
     # Half precision: a logit of 2.2 is rounded to 2 ** -8 of it, a score near 0.9 by a tenth of that.
     (result,) = process(plain(), {**tensors, "logits": tensors["logits"].detach().bfloat16()})
     assert result["scores"].dtype == torch.float32
     assert result["scores"].tolist() == pytest.approx([0.9, 0.8, 0.4, 0.2], abs=2e-3)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    found=model_outputs(),
+    nms_method=st.sampled_from(["soft", "linear", "hard", "none"]),
+    multiclass_nms=st.booleans(),
+    voting_thresh=st.sampled_from([0.0, 0.4]),
+    pre_nms_topk=st.sampled_from([3, 1000]),
+    more=st.sampled_from([{}, {"top_k": 3}, {"threshold": 0.3}, {"external_scores": True}]),
+    geometry=st.sampled_from([None, {"fps": np.float64(12.5), "duration": np.float64(6)}]),
+)
+def test_arrays_give_what_tensors_give(found, more, **options):
+    if more == {"external_scores": True}:
+        more = {"external_scores": np.linspace(0.1, 0.9, 5 * len(found["logits"])).reshape(-1, 5)}
+    of_arrays = process(make(), found, **options, **more)
+    tensors = {key: torch.from_numpy(value) for key, value in found.items()}
+    of_tensors = process(make(), tensors, **options, **more)
+    assert len(of_arrays) == len(of_tensors) == len(found["logits"])
+    for ours, theirs in zip(of_arrays, of_tensors, strict=True):
+        assert set(ours) == {"scores", "labels", "segments"}
+        for key, dtype in (("scores", torch.float32), ("labels", torch.int64), ("segments", torch.float32)):
+            assert isinstance(ours[key], np.ndarray)
+            assert theirs[key].dtype == torch.from_numpy(ours[key]).dtype == dtype
+            assert theirs[key].device == tensors["logits"].device
+            np.testing.assert_array_equal(ours[key], theirs[key].numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_outputs_of_other_numbers_count_as_float32(dtype):
+    torch.manual_seed(0)
+    tensors = outputs(torch.rand(1, 30, 2), torch.rand(1, 30, 2) * 9 + torch.tensor([0.0, 9.0]))
+    tensors = {key: value.to(getattr(torch, dtype)) for key, value in tensors.items()}
+    (expected,) = process(plain(), {key: value.float() for key, value in tensors.items()})
+    assert len(expected["scores"]) > 10
+    (result,) = process(plain(), tensors)
+    assert all(torch.equal(result[key], expected[key]) for key in expected)
+    assert result["scores"].dtype == result["segments"].dtype == torch.float32
+    if dtype != "bfloat16":
+        (result,) = process(plain(), {key: value.numpy() for key, value in tensors.items()})
+        assert all(np.array_equal(result[key], expected[key].numpy()) for key in expected)
+        assert result["scores"].dtype == result["segments"].dtype == np.float32
+
+
+def test_suppress_takes_tensors_and_arrays():
+    segments, scores, groups = np.array([[0, 9], [1, 9], [20, 30]]), np.array([0.5, 0.9, 0.4]), np.array([0, 0, 1])
+    options = {"method": "soft", "iou_threshold": 0.1, "sigma": 0.5, "min_score": 0.001, "max_segments": 9}
+    kept, kept_scores = suppress(segments, scores, groups, **options, recordings=np.zeros(3))
+    assert isinstance(kept, np.ndarray)
+    assert kept.tolist() == [1, 0, 2]
+    assert kept_scores.dtype == np.float32
+    of_tensors = suppress(*map(torch.from_numpy, (segments, scores, groups)), **options, recordings=torch.zeros(3))
+    assert all(isinstance(found, torch.Tensor) for found in of_tensors)
+    assert [found.tolist() for found in of_tensors] == [kept.tolist(), kept_scores.tolist()]
+
+
+def test_seconds_of_arrays_and_tensors():
+    grid = np.array([[2, 5], [-4, 1]], dtype=np.float32)
+    for geometry, seconds in (({}, [[2, 3.5], [-1, 1.5]]), ({"fps": np.float64(4)}, [[4, 7], [-2, 3]])):
+        array, tensor, numbers = make().to_seconds([grid, torch.from_numpy(grid), grid.tolist()], geometry)
+        assert (array.dtype, tensor.dtype) == (np.float32, torch.float32)
+        assert array.tolist() == tensor.tolist() == numbers.tolist() == seconds
 
 
 def test_outputs_are_left_as_they_were():
@@ -1495,6 +1851,16 @@ def test_equal_scores_stay_in_order_of_time_and_class():
     (result,) = process(plain(), {"logits": logits, "pred_segments": segments}, nms_method="none", pre_nms_topk=120)
     assert result["labels"].tolist() == [0, 1, 2] * 40
     assert result["segments"][:, 0].tolist() == [10.0 * (index // 3) + 0.5 for index in range(120)]
+    # So the first stay where not all can.
+    for options in ({"pre_nms_topk": 50}, {"top_k": 50}):
+        (result,) = process(plain(), {"logits": logits, "pred_segments": segments}, nms_method="none", **options)
+        assert result["labels"].tolist() == ([0, 1, 2] * 17)[:50]
+    for nms_method in ("soft", "linear", "hard"):
+        for multiclass_nms, labels in ((False, [0] * 40), (True, [0] * 40 + [1] * 10)):
+            options = {"nms_method": nms_method, "multiclass_nms": multiclass_nms, "min_score": 0.5}
+            (result,) = process(plain(), {"logits": logits, "pred_segments": segments}, max_seg_num=50, **options)
+            assert result["labels"].tolist() == labels
+            assert result["segments"][:40, 0].tolist() == [10.0 * index + 0.5 for index in range(40)]
 
 
 def test_outputs_may_be_any_object_with_the_right_names():
@@ -1544,7 +1910,7 @@ def test_what_pad_takes_is_taken():
     sample = np.arange(6, dtype=np.float32).reshape(3, 2)
     assert torch.equal(extractor({"input_features": [sample]}).input_features, torch.from_numpy(sample)[None])
     with pytest.raises(ValueError, match="input_features"):
-        extractor({"features": [sample]})
+        extractor({"inputs": [sample]})
 
 
 def test_misspelt_settings_of_a_recipe_are_named(tmp_path):
@@ -1554,3 +1920,118 @@ def test_misspelt_settings_of_a_recipe_are_named(tmp_path):
         ValueError, match=r"recipe.yaml: unknown settings in `feature_extractor`: max_segs\. Known: .*max_seg_num"
     ):
         ConvTransformerFeatureExtractor.from_yaml(path)
+
+
+# --- Without torch --------------------------------------------------------------------------------------------------
+
+SETTINGS_WITHOUT_TORCH = [
+    {"nms_method": nms_method, "multiclass_nms": multiclass_nms, "voting_thresh": 0.5, "pre_nms_topk": 50, **more}
+    for nms_method in ("soft", "linear", "hard", "none")
+    for multiclass_nms, more in ((True, {"top_k": 9}), (False, {}))
+]
+
+# Runs where torch is not installed, in a package of the two files that it needs.
+SCRIPT = """
+import importlib.util, json, sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+folder = Path(sys.argv[2])
+sys.path.insert(1, str(folder))
+assert importlib.util.find_spec("torch") is None
+
+import numpy as np
+from package.feature_extraction_convtransformer import ConvTransformerFeatureExtractor
+
+extractor = ConvTransformerFeatureExtractor(feature_size=6, fps=8.0, feature_stride=2, num_frames=3)
+extractor.save_pretrained(folder)
+extractor = ConvTransformerFeatureExtractor.from_pretrained(folder)
+
+signal = np.load(folder / "signal.npy")
+samples = [{"signal": signal}, folder / "features.npy", folder / "features.safetensors"]
+annotations = [{"segments": [[0.25, 1.0]], "labels": [1]}, [], []]
+batch = extractor(samples, annotations)
+assert type(batch["input_features"]) is type(batch["attention_mask"]) is np.ndarray
+assert type(batch["labels"][0]["segments"]) is type(batch["labels"][0]["class_labels"]) is np.ndarray
+try:
+    extractor(folder / "half.safetensors")
+except ValueError as error:
+    assert "BF16 need torch" in str(error), error
+else:
+    raise AssertionError("numpy has no bfloat16")
+
+outputs = dict(np.load(folder / "outputs.npz"))
+external = outputs.pop("external")
+geometry = extractor.geometry_of(samples)
+arrays = {"input_features": batch["input_features"], "label": batch["labels"][0]["segments"]}
+for number, settings in enumerate(json.loads(sys.argv[3])):
+    for scores in (None, external):
+        found = extractor.post_process_temporal_action_localization(
+            outputs, geometry=geometry, external_scores=scores, **settings
+        )
+        for sample, result in enumerate(found):
+            for key, value in result.items():
+                assert type(value) is np.ndarray
+                arrays[f"{number}/{scores is not None}/{sample}/{key}"] = value
+np.savez(folder / "found.npz", **arrays)
+assert not [name for name in sys.modules if name.split(".")[0] == "torch"]
+"""
+
+
+def test_runs_where_torch_is_not_installed(tmp_path):
+    packages, package = tmp_path / "site-packages", tmp_path / "package"
+    packages.mkdir()
+    package.mkdir()
+    hidden = ("torch", "functorch", "__editable__", "modeling_convtransformer")
+    for folder in {Path(np.__file__).parents[1], Path(sys.modules["transformers"].__file__).parents[1]}:
+        for entry in folder.iterdir():
+            if not entry.name.startswith(hidden):
+                (packages / entry.name).symlink_to(entry)
+    (package / "__init__.py").write_text("")
+    for name in ("feature_extraction_convtransformer.py", "configuration_convtransformer.py"):
+        shutil.copy(Path(module.__file__).with_name(name), package)
+
+    random = np.random.default_rng(0)
+    levels = np.repeat(np.arange(3), (32, 16, 8))
+    starts = random.uniform(-5, 60, (3, len(levels), 1))
+    found = {
+        "logits": random.normal(-1, 3, (3, len(levels), 4)).astype(np.float32),
+        "pred_segments": np.concatenate([starts, starts + random.uniform(0, 30, starts.shape)], 2).astype(np.float32),
+        "point_mask": random.integers(0, 5, (3, len(levels))),
+        "point_levels": np.stack([levels] * 3),
+    }
+    external = random.uniform(size=(3, 7))
+    signal, array = features(30, width=2), features(20, width=6)
+    np.savez(tmp_path / "outputs.npz", **found, external=external)
+    np.save(tmp_path / "signal.npy", signal)
+    np.save(tmp_path / "features.npy", array)
+    save_file({"features": array}, tmp_path / "features.safetensors")
+    save_tensors({"features": torch.from_numpy(array).bfloat16()}, tmp_path / "half.safetensors")
+
+    # -S: without the packages of this environment
+    command = [sys.executable, "-I", "-S", "-c", SCRIPT, packages, tmp_path, json.dumps(SETTINGS_WITHOUT_TORCH)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    without_torch = np.load(tmp_path / "found.npz", allow_pickle=False)
+
+    batch = sensor()([{"signal": signal}, array, array], [{"segments": [[0.25, 1.0]], "labels": [1]}, [], []])
+    np.testing.assert_array_equal(without_torch["input_features"], batch["input_features"].numpy())
+    np.testing.assert_array_equal(without_torch["label"], batch["labels"][0]["segments"].numpy())
+    tensors = {key: torch.from_numpy(value) for key, value in found.items()}
+    geometry, count = sensor().geometry_of([{"signal": signal}, array, array]), 0
+    for number, options in enumerate(SETTINGS_WITHOUT_TORCH):
+        for scores in (None, external):
+            results = process(sensor(), tensors, geometry=geometry, external_scores=scores, **options)
+            for sample, result in enumerate(results):
+                count += len(result["scores"])
+                for key, value in result.items():
+                    array = without_torch[f"{number}/{scores is not None}/{sample}/{key}"]
+                    assert array.shape == value.shape
+                    assert torch.from_numpy(array).dtype == value.dtype
+                    np.testing.assert_allclose(array, value.numpy(), rtol=1e-6, atol=1e-6)
+    assert count > 1000
+
+
+def test_transformers_does_not_ask_for_torch_to_load_the_file():
+    """It reads the imports of code on the Hub, and refuses to load what lacks one."""
+    assert set(get_imports(module.__file__)) <= {*sys.stdlib_module_names, "numpy", "transformers", "safetensors"}
