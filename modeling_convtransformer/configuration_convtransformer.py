@@ -6,11 +6,36 @@ Face's names for the same things work too (`attribute_map`).
 
 import ast
 import math
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
+
+if TYPE_CHECKING:
+    # Never imported. transformers looks for such lines to find the files that belong to a class: with these, whichever
+    # class is saved, all files travel, and what was loaded from the Hub can be published again.
+    from .feature_extraction_convtransformer import ConvTransformerFeatureExtractor  # noqa: F401
+    from .modeling_convtransformer import ConvTransformerModel  # noqa: F401
+    from .pipeline_convtransformer import TemporalActionLocalizationPipeline  # noqa: F401
+
+# What a checkpoint says to someone who has only transformers: the classes behind Auto* and the pipeline.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_convtransformer.ConvTransformerConfig",
+    "AutoFeatureExtractor": "feature_extraction_convtransformer.ConvTransformerFeatureExtractor",
+    "AutoModel": "modeling_convtransformer.ConvTransformerModel",
+    "AutoBackbone": "modeling_convtransformer.ConvTransformerBackbone",
+    "AutoModelForObjectDetection": "modeling_convtransformer.ConvTransformerForTemporalActionLocalization",
+}
+_PIPELINES = {
+    "temporal-action-localization": {
+        "impl": "pipeline_convtransformer.TemporalActionLocalizationPipeline",
+        "pt": ["AutoModelForObjectDetection"],
+    }
+}
+_IS_REMOTE_CODE = __name__.startswith("transformers_modules.")
 
 # The largest sizes that any real model of this family comes near. A config.json beyond them is a typo or an attack,
 # and is refused before a single tensor is made.
@@ -137,7 +162,7 @@ _V1_SETTINGS = {
 
 
 @strict
-class ConvTransformerConfig(PreTrainedConfig):
+class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a ConvTransformer: the temporal action localization family of ActionFormer
     (Zhang et al., ECCV 2022, https://arxiv.org/abs/2202.07925) with modern transformer parts, each one field.
@@ -216,6 +241,9 @@ class ConvTransformerConfig(PreTrainedConfig):
             Label smoothing of the classification loss.
         empty_labels (list of `int`, defaults to `()`):
             Classes without data, whose score starts from 1e-6.
+        out_features (list of `str`, *optional*), out_indices (list of `int`, *optional*):
+            Levels that `ConvTransformerBackbone` returns, by name (`"stem"`, `"stage1"`, ...) or number (0 is the
+            finest). Default: the coarsest.
 
     Raises:
         `ValueError`: settings that contradict one another, or a size that no real model has.
@@ -278,7 +306,14 @@ class ConvTransformerConfig(PreTrainedConfig):
     label_smoothing: float | int = 0.0
     empty_labels: list[int] | tuple[int, ...] = ()
 
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
     def __post_init__(self, **kwargs):
+        # A pipeline named in config.json is one that transformers asks permission for. Code that is installed needs none.
+        if not _IS_REMOTE_CODE:
+            kwargs.pop("custom_pipelines", None)
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         # `use_flash_attn` of the YAML files is how attention is computed, not what the model is: it is not stored.
         use_flash_attn = kwargs.pop("use_flash_attn", None)
         if use_flash_attn is not None and not isinstance(use_flash_attn, bool):
@@ -308,6 +343,7 @@ class ConvTransformerConfig(PreTrainedConfig):
         elif {name: int(index) for name, index in self.label2id.items()} != names:
             raise ValueError(f"label2id {self.label2id} contradicts id2label {self.id2label}; give id2label only.")
         self.validate_architecture()  # here too, because what runs after construction is not raised as a ValueError
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -317,6 +353,12 @@ class ConvTransformerConfig(PreTrainedConfig):
         elif kwargs.get("num_labels") not in (None, len(config_dict.get("id2label") or {})):
             # another number of classes: the saved names go
             config_dict = {key: value for key, value in config_dict.items() if key not in ("id2label", "label2id")}
+        if "arch" in kwargs and not {"out_features", "out_indices"} & set(kwargs):
+            # another number of levels: the saved choice among them goes
+            config_dict = {
+                key: value for key, value in config_dict.items() if key not in ("out_features", "out_indices")
+            }
+            kwargs["out_features"] = None
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).validate_architecture()
         return result
@@ -333,6 +375,16 @@ class ConvTransformerConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """Stem and branch blocks."""
         return self.arch[1] + self.arch[2]
+
+    @property
+    def depths(self) -> list[int]:
+        """Blocks of each stage after the stem: one, which shortens the sequence."""
+        return [1] * self.arch[2]
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the levels of the pyramid, finest first."""
+        return ["stem", *(f"stage{level}" for level in range(1, self.num_levels))]
 
     @property
     def strides(self) -> list[int]:
@@ -388,6 +440,37 @@ class ConvTransformerConfig(PreTrainedConfig):
             return [tuple(pair) for pair in self.regression_range]
         highs = [4.0 * stride for stride in self.detector_strides]
         return list(zip([0.0, *highs[:-1]], [*highs[:-1], 10000.0], strict=True))
+
+    @property
+    def receptive_field(self) -> tuple[float, float]:
+        """
+        How far a point of the detector looks back and ahead at most, in features; infinite with global attention. What
+        lies farther away changes nothing (but for absolute positions, which count from the first step).
+        """
+        sides = 2 if self.is_causal else 1  # a causal convolution has both its halves behind
+        reach = sides * self.arch[0] * (self.n_embd_ks // 2)
+        reaches = []
+        for level, (stride, window) in enumerate(zip(self.strides, self.window_sizes, strict=True)):
+            finer = self.strides[max(level - 1, 0)]
+            if self.backbone_type == "conv":
+                block = sides * (finer + stride)
+            else:
+                attention = stride * (window // 2) if window > 1 else math.inf
+                block = sides * finer * (self.scale_factor // 2 if level else 1) + attention
+            reach += block * (1 if level else self.arch[1])
+            reaches.append(reach)
+        if self.fpn_type == "fpn":  # what a coarser step brings to a finer one stands up to a stride before it
+            reaches = [
+                max(
+                    farthest + coarser for farthest, coarser in zip(reaches[level:], self.strides[level:], strict=True)
+                )
+                + (sides - 1) * stride
+                for level, stride in enumerate(self.strides)
+            ]
+        heads = sides * self.head_num_layers * (self.head_kernel_size // 2)
+        levels = list(zip(reaches, self.strides, strict=True))[self.fpn_start_level :]
+        reach = max(farthest + heads * stride for farthest, stride in levels)
+        return (reach, 0.0 if self.is_causal else reach)
 
     @property
     def use_flash_attn(self) -> bool:
@@ -587,6 +670,16 @@ class ConvTransformerConfig(PreTrainedConfig):
         table = self.max_len * width if self.use_learned_pe or self.use_abs_pe else 0
         bias = self.use_rel_pe * self.n_head * self.num_hidden_layers * max(self.window_sizes)
         return streams + embedding + blocks + necks + towers + outputs + table + bias
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As in transformers; names every class and the pipeline, whichever class is saved."""
+        self.auto_map = dict(_AUTO_MAP)
+        self.custom_pipelines = {task: dict(info) for task, info in _PIPELINES.items()}
+        try:
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        finally:
+            if not _IS_REMOTE_CODE:
+                del self.custom_pipelines
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "ConvTransformerConfig":

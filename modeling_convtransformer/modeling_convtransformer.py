@@ -20,17 +20,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_convtransformer import attend, check_attention_backend, eager_attention_forward, make_attention_mask
 from .configuration_convtransformer import ConvTransformerConfig
 from .loss_convtransformer import ConvTransformerLoss, KeepsDtype
+from .model_card_convtransformer import ModelCardMixin
 
 
 @dataclass
@@ -52,6 +55,25 @@ class ConvTransformerModelOutput(ModelOutput):
     """
 
     last_hidden_state: torch.FloatTensor | None = None
+    feature_maps: tuple[torch.FloatTensor, ...] | None = None
+    feature_masks: tuple[torch.LongTensor, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class ConvTransformerBackboneOutput(BackboneOutput):
+    """
+    Output of `ConvTransformerBackbone`.
+
+    Args:
+        feature_maps (`tuple(torch.FloatTensor)`, one `(batch, ceil(time / stride), n_embd)` for each of `out_features`):
+            The chosen levels, finest first.
+        feature_masks (`tuple(torch.LongTensor)`, one `(batch, ceil(time / stride))` for each of `out_features`):
+            1 where a step is valid, 0 where it is padded.
+        hidden_states, attentions: see `ConvTransformerModelOutput`.
+    """
+
     feature_maps: tuple[torch.FloatTensor, ...] | None = None
     feature_masks: tuple[torch.LongTensor, ...] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -286,7 +308,7 @@ class ConvTransformerRotaryEmbedding(KeepsDtype):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine, each (1, time, channels of a head) in the dtype of `x`; angles are float32."""
         device_type = x.device.type if x.device.type != "mps" else "cpu"
-        with torch.autocast(device_type=device_type, enabled=False):
+        with maybe_autocast(device_type=device_type, enabled=False):
             angles = position_ids[..., None].float() * self.inv_freq.float().to(x.device)
             angles = torch.cat((angles, angles), dim=-1)
             cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
@@ -328,9 +350,11 @@ class PositionTable(nn.Module):
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         steps = x.shape[1]
-        rows = min(steps, self.length)
+        # Under torch.export the length is a symbol, and one graph serves all: stretching leaves short recordings alone.
+        stretches = isinstance(steps, torch.SymInt) or steps > self.length
+        rows = self.length if stretches else steps
         table = sinusoidal_positions(rows, self.width, x.device) if self.table is None else self.table
-        if steps <= self.length:
+        if not stretches:
             positions = table[None, :steps]
         else:
             count = torch.full((1, 1), steps, device=x.device)
@@ -554,23 +578,34 @@ class ConvTransformerEmbedding(nn.Module):
 # Models
 
 
-class ConvTransformerPreTrainedModel(PreTrainedModel):
+class ConvTransformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
     config: ConvTransformerConfig
     config_class = ConvTransformerConfig
     base_model_prefix = "model"
     main_input_name = "input_features"
     input_modalities = ("time",)
+    _input_embed_layer = "embedding"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ConvTransformerBlock", "ConvBlock"]
+    # What a device_map must leave whole: inside of these, results of several parts meet.
+    _no_split_modules = [
+        "ConvTransformerEmbedding",
+        "ConvTransformerBlock",
+        "ConvBlock",
+        "FeaturePyramidNeck",
+        "ClassificationHead",
+        "RegressionHead",
+    ]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
-        "hidden_states": [ConvTransformerBlock, ConvBlock],
+        "hidden_states": GradientCheckpointingLayer,  # the base of both blocks; of a list, layers cannot be chosen
         "attentions": ConvTransformerAttention,
     }
+    # What a loaded checkpoint lacked, and is random: fine for training, but the pipeline refuses it.
+    untrained_weights: frozenset[str] = frozenset()
     # Trainer's loss is already an average over the batch's positives: divide it under gradient accumulation.
     accepts_loss_kwargs = False
 
@@ -578,6 +613,23 @@ class ConvTransformerPreTrainedModel(PreTrainedModel):
         # Fields that `from_pretrained(folder, field=...)` replaced were not looked at together yet.
         config.validate_architecture()
         super().__init__(config, *args, **kwargs)
+
+    def post_init(self):
+        super().post_init()
+        # FSDP looks in the model for every class that is named.
+        self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers; the model remembers which weights the checkpoint lacked, until it is trained."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model.untrained_weights = frozenset(info["missing_keys"])
+        return (model, info) if output_loading_info else model
+
+    def train(self, mode: bool = True):
+        if mode:
+            self.untrained_weights = frozenset()
+        return super().train(mode)
 
     def _check_and_adjust_attn_implementation(self, *args, **kwargs) -> str:
         """transformers asks this at load and in `set_attn_implementation`; see `check_attention_backend`."""
@@ -620,12 +672,9 @@ class ConvTransformerModel(ConvTransformerPreTrainedModel):
             for level in range(1, config.num_levels)
         )
         has_attention = config.backbone_type == "convTransformer"
-        self.rotary = ConvTransformerRotaryEmbedding(config) if config.use_rope and has_attention else None
+        self.rotary_emb = ConvTransformerRotaryEmbedding(config) if config.use_rope and has_attention else None
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.embedding
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -652,15 +701,16 @@ class ConvTransformerModel(ConvTransformerPreTrainedModel):
         # Masks once for each level; no padding is no mask at all.
         lengths, valids = [hidden_states.shape[1]], [valid]
         for _ in self.branch:
-            lengths.append(-(-lengths[-1] // config.scale_factor))
+            # (not -(-a // b), which ONNX divides towards 0)
+            lengths.append((lengths[-1] + config.scale_factor - 1) // config.scale_factor)
             valids.append(subsample(valids[-1], config.scale_factor))
         paddings = [None if one is None else ~one[..., None] for one in valids]
 
         hidden_states = self.embedding(hidden_states, paddings[0])
 
         rotary = [None] * len(lengths)
-        if self.rotary is not None:
-            cos, sin = self.rotary(hidden_states, torch.arange(lengths[0], device=hidden_states.device)[None])
+        if self.rotary_emb is not None:
+            cos, sin = self.rotary_emb(hidden_states, torch.arange(lengths[0], device=hidden_states.device)[None])
             rotary = [(cos[:, :length], sin[:, :length]) for length in lengths]
         masks = [
             make_attention_mask(
@@ -721,6 +771,50 @@ class ConvTransformerModel(ConvTransformerPreTrainedModel):
         if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and valid.all():
             return None
         return valid
+
+
+class ConvTransformerBackbone(BackboneMixin, ConvTransformerPreTrainedModel):
+    """
+    Chosen levels of the pyramid, for a detector of your own: `from_pretrained(folder, out_indices=[0, 2, 4])`, of the
+    checkpoint of any class. `channels` are their widths, `strides` their steps in features.
+    """
+
+    def __init__(self, config: ConvTransformerConfig):
+        super().__init__(config)
+        self.model = ConvTransformerModel(config)
+        self.num_features = [config.n_embd] * config.num_levels
+        self.has_attentions = config.backbone_type == "convTransformer"
+        self.post_init()
+
+    @property
+    def strides(self) -> list[int]:
+        """Stride of each of `out_features`, in features."""
+        return [self.config.strides[index] for index in self.out_indices]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ConvTransformerBackboneOutput:
+        r"""
+        Args:
+            input_features (`torch.Tensor` of shape `(batch, time, n_in)`):
+                Features; several streams lie side by side in the last dimension. Any `time >= 1`.
+            attention_mask (`torch.Tensor` of shape `(batch, time)`, *optional*):
+                1 or True where a step is valid, 0 where it is padded. Without padding, leave it out.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        outputs = self.model(input_features, attention_mask, **kwargs)
+        return ConvTransformerBackboneOutput(
+            feature_maps=tuple(outputs.feature_maps[index] for index in self.out_indices),
+            feature_masks=tuple(outputs.feature_masks[index] for index in self.out_indices),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -865,7 +959,7 @@ class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedMode
             dim=1,
         )
         point_mask = torch.cat(masks, dim=1)
-        points, strides, levels = self._make_points([x.shape[1] for x in features], logits.device)
+        points, strides, levels = self._make_points([x.shape[1] for x in features], offsets.device)
         pred_segments = torch.stack((points - offsets[..., 0] * strides, points + offsets[..., 1] * strides), dim=-1)
 
         loss = loss_dict = None
@@ -881,7 +975,7 @@ class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedMode
             logits=logits,
             pred_segments=pred_segments,
             point_mask=point_mask,
-            point_levels=levels.expand(len(logits), -1),
+            point_levels=levels.expand(logits.shape[0], -1),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -914,6 +1008,8 @@ class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedMode
 
 
 __all__ = [
+    "ConvTransformerBackbone",
+    "ConvTransformerBackboneOutput",
     "ConvTransformerForTemporalActionLocalization",
     "ConvTransformerModel",
     "ConvTransformerModelOutput",

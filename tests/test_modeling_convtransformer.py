@@ -596,7 +596,7 @@ def test_other_kinds_of_rotary_positions(parameters, tmp_path):
     loaded = ConvTransformerForTemporalActionLocalization.from_pretrained(tmp_path)
     assert torch.equal(run(loaded, features).logits, output.logits)
     if parameters["rope_type"] == "linear":
-        torch.testing.assert_close(model.model.rotary.inv_freq, other.model.rotary.inv_freq / 4)
+        torch.testing.assert_close(model.model.rotary_emb.inv_freq, other.model.rotary_emb.inv_freq / 4)
 
 
 # --- Initialisation --------------------------------------------------------------------------------------------------------------

@@ -20,14 +20,14 @@ PYTHON_FILES = [
 
 def test_hub_files_are_there():
     names = {path.name for path in HUB_FILES}
-    kinds = ("configuration", "modeling", "attention", "loss", "feature_extraction")
+    kinds = ("configuration", "modeling", "attention", "loss", "feature_extraction", "model_card")
     assert {f"{kind}_convtransformer.py" for kind in kinds} <= names
 
 
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)
 def test_hub_files_import_only_flat_siblings_and_core_packages(path):
     siblings = {other.stem for other in HUB_FILES}
-    allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "numpy", "huggingface_hub"}
+    allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "safetensors", "numpy", "huggingface_hub"}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1, f"line {node.lineno}: only `from .sibling import name` travels"

@@ -43,7 +43,8 @@ def run(*arguments):
 
 
 def listing(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    """What lies in the folder, but for the code that goes along with a model (tests/test_hub.py looks at that)."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix != ".py")
 
 
 def fail(capfd, *arguments) -> str:

@@ -145,7 +145,7 @@ def test_rope_theta_comes_from_the_frequencies(tmp_path):
     with pytest.warns(UserWarning, match="RoPE"):
         model, _ = transformer_v2.convert(*with_out(tmp_path, *write_source(tmp_path, "all_kv2", weights)))
     assert model.config.rope_parameters["rope_theta"] == 500
-    assert torch.allclose(model.rotary.inv_freq, weights["stem.0.attn.rope.inv_freq"], rtol=1e-5)
+    assert torch.allclose(model.rotary_emb.inv_freq, weights["stem.0.attn.rope.inv_freq"], rtol=1e-5)
 
 
 def with_out(folder, source, config):

@@ -1,0 +1,227 @@
+"""The pipeline "temporal-action-localization": recordings in, segments in seconds out."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.pipelines.base import ChunkPipeline
+from transformers.utils import logging
+
+from .feature_extraction_convtransformer import _GEOMETRY, _POST_PROCESSING, ConvTransformerFeatureExtractor
+
+logger = logging.get_logger(__name__)
+
+_OUTPUTS = ("logits", "pred_segments", "point_mask", "point_levels")
+
+
+class TemporalActionLocalizationPipeline(ChunkPipeline):
+    """
+    Temporal action localization with a `ConvTransformerForTemporalActionLocalization`:
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> localize = pipeline("temporal-action-localization", model="someone/their-model", trust_remote_code=True)
+    >>> localize("features.npy", threshold=0.3)
+    [{'label': 'abduction', 'score': 0.87, 'start': 3.8, 'end': 34.7}, ...]
+    ```
+
+    (`trust_remote_code` where `modeling_convtransformer` is not imported.)
+
+    Raises:
+        ValueError: the model is not a detector of this kind, lacks trained weights, or does not fit the feature extractor,
+            or there is none.
+    """
+
+    _load_processor = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_tokenizer = False
+    _load_feature_extractor = None  # `__init__` says more than transformers would where it is missing
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._check_model()
+        if self.feature_extractor is None:
+            self.feature_extractor = self._load_feature_extractor_of_model()
+        self._check_feature_extractor()
+        self.model.eval()
+
+    def __call__(self, inputs, **kwargs) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
+        """
+        Args:
+            inputs: one recording, or a list, dataset or generator of recordings. A recording is an array (time, channels) of
+                features, the path of a .npy, .npz or .safetensors file of one, or a dict: `features` (array or path) or
+                `signal` (array or path of raw sensor values (samples, channels), for models of raw windows), and any of
+                `fps`, `feature_stride`, `num_frames`, `duration` (seconds) where they differ from the feature extractor's.
+            threshold (`float`, *optional*): only segments with a score above this; default: all that post-processing keeps.
+            top_k (`int`, *optional*): at most this many segments of each recording.
+            window (`int`, *optional*): for recordings longer than memory allows: run on windows of this many features,
+                whose outputs are put together before NMS. The result is the full pass's where the model's
+                receptive field (`model.config.receptive_field`, both sides added) fits in the overlap.
+            overlap (`int`, *optional*): features that neighbouring windows share. Default: the receptive field, or a
+                quarter of the window where it is larger than half of the window.
+            batch_size (`int`, defaults to 1): recordings or windows in one forward pass.
+            fps, feature_stride, num_frames, duration: for all recordings of the call.
+            settings: post-processing's, such as `nms_method` or `iou_threshold`; see
+                `ConvTransformerFeatureExtractor.post_process_temporal_action_localization`.
+
+        Returns:
+            for one recording a list of `{"label": str, "score": float, "start": float, "end": float}` (seconds, best score
+            first), ready for JSON; for a list of recordings a list of such lists; for a dataset or generator an iterator.
+
+        Raises:
+            ValueError: a recording that the model cannot use; the message names it and what to do.
+        """
+        if isinstance(inputs, np.ndarray | torch.Tensor) and inputs.ndim == 3:
+            inputs = list(inputs)
+        if isinstance(inputs, tuple):
+            inputs = list(inputs)
+        if isinstance(inputs, list) and not inputs:
+            return []
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(self, **kwargs) -> tuple[dict, dict, dict]:
+        before, after = ("window", "overlap", *_GEOMETRY), ("threshold", "top_k", *_POST_PROCESSING)
+        if unknown := sorted(set(kwargs) - {*before, *after}):
+            raise TypeError(f"Unknown arguments: {', '.join(unknown)}. Known: {', '.join((*before, *after))}.")
+        pick = lambda names: {name: kwargs[name] for name in names if name in kwargs}  # noqa: E731
+        return pick(before), {}, pick(after)
+
+    def preprocess(
+        self, recording, window: int | None = None, overlap: int | None = None, **geometry
+    ) -> Iterator[dict]:
+        geometry = {key: value for key, value in geometry.items() if value is not None}
+        features, geometry = self.feature_extractor.load(recording, geometry=geometry)
+        if window is None:
+            if overlap is not None:
+                raise ValueError(f"overlap is {overlap!r}, but window is not given; give both, or window alone.")
+            windows = [(0, len(features), 0, len(features))]
+        else:
+            windows = self._plan_windows(len(features), window, overlap)
+        progress = logging.tqdm(total=len(windows), desc="windows", disable=len(windows) == 1)
+        for start, end, own_start, own_end in windows:
+            progress.update()
+            if end == len(features):  # what follows the last window is not waited for
+                progress.close()
+            yield {
+                "is_last": end == len(features),
+                "geometry": geometry,
+                "place": (start, own_start, own_end),
+                **self.feature_extractor(features[start:end]),
+            }
+
+    def _plan_windows(self, length: int, window: int, overlap: int | None) -> list[tuple[int, int, int, int]]:
+        """
+        Start and end of each window, and of the part of the recording that is taken from it. All but the last end are
+        multiples of the coarsest stride, so that the points of a window are points of the whole.
+        """
+        config = self.model.config
+        stride = config.detector_strides[-1]
+        before, after = config.receptive_field
+        for name, value in (("window", window), ("overlap", overlap)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0):
+                raise ValueError(f"{name} is {value!r}; expected a number of features.")
+        size = window // stride * stride
+        if overlap is None:
+            overlap = before + after if before + after <= size / 2 else size // 4
+        elif overlap < before + after < math.inf:
+            logger.warning_once(
+                f"The overlap of {overlap} features is less than the receptive field of this model "
+                f"({before + after:.0f}): near the borders of windows the result is not the full pass's."
+            )
+        # What is before a border belongs to the earlier window; a model that looks back only needs all of it there.
+        left = overlap if after == 0 else overlap / 2
+        left, right = (math.ceil(side / stride) * stride for side in (left, overlap - left))
+        if size <= left + right:
+            raise ValueError(
+                f"window is {window} and overlap {overlap}, which this model's strides of up to {stride} features round to "
+                f"{size} and {left + right}; expected a window that is larger than the overlap, such as "
+                f"window={4 * (left + right) or stride}."
+            )
+        windows, start = [], 0
+        while True:
+            is_last = start + size >= length
+            own_end = length if is_last else start + size - right
+            windows.append((start, length if is_last else start + size, start + left if start else 0, own_end))
+            if is_last:
+                return windows
+            start = own_end - left
+
+    def _forward(self, model_inputs: dict) -> dict:
+        passed_on = {name: model_inputs.pop(name) for name in ("is_last", "geometry", "place")}
+        outputs = self.model(**model_inputs)
+        return {**passed_on, **{name: outputs[name] for name in _OUTPUTS}}
+
+    def postprocess(self, model_outputs: list[dict], **settings) -> list[dict[str, Any]]:
+        geometry = model_outputs[0]["geometry"]
+        outputs = model_outputs[0] if len(model_outputs) == 1 else self._join_windows(model_outputs)
+        outputs = {name: outputs[name] for name in _OUTPUTS}
+        found = self.feature_extractor.post_process_temporal_action_localization(outputs, geometry, **settings)[0]
+        rows = zip(found["segments"].tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True)
+        id2label = self.model.config.id2label
+        return [
+            {"label": id2label[label], "score": score, "start": start, "end": end}
+            for (start, end), label, score in rows
+        ]
+
+    def _join_windows(self, windows: list[dict]) -> dict:
+        """The outputs that one pass over the whole recording would have: each point from the window that owns it."""
+        parts = []
+        for level, stride in enumerate(self.model.config.detector_strides):
+            for one in windows:
+                start, own_start, own_end = one["place"]
+                of_level = one["point_levels"][0] == level
+                position = start + stride * (torch.cumsum(of_level, dim=0) - 1)
+                own = of_level & (one["point_mask"][0] > 0) & (position >= own_start) & (position < own_end)
+                part = {name: one[name][:, own] for name in _OUTPUTS}
+                part["pred_segments"] = part["pred_segments"] + start
+                parts.append(part)
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in _OUTPUTS}
+
+    def _check_model(self):
+        name = self.model.name_or_path or type(self.model).__name__
+        if (
+            type(self.model).__name__ != "ConvTransformerForTemporalActionLocalization"
+        ):  # (remote code has classes of its own)
+            raise ValueError(
+                f"{name} is a {type(self.model).__name__} (model type {self.model.config.model_type!r}); the pipeline "
+                f"{self.task!r} takes a ConvTransformerForTemporalActionLocalization. Choose a checkpoint of that class."
+            )
+        if missing := self.model.untrained_weights:
+            raise ValueError(
+                f"{name}: the weights lack {len(missing)} tensors of this model, such as {sorted(missing)[0]!r}, which are "
+                "random now: code and weights do not belong together, or the model was never trained as a detector. Load the "
+                "revision that code and weights share (revision=...), install the version of modeling_convtransformer that "
+                "wrote the weights, or train the model and save it."
+            )
+
+    def _load_feature_extractor_of_model(self) -> ConvTransformerFeatureExtractor:
+        name = self.model.name_or_path
+        try:
+            return ConvTransformerFeatureExtractor.from_pretrained(name)
+        except Exception as error:
+            raise ValueError(
+                f"{name or 'The model'} has no usable preprocessor_config.json ({type(error).__name__}: "
+                f"{str(error).splitlines()[0]}). It says how features and seconds belong together: pass feature_extractor=, or "
+                "write one into the folder: ConvTransformerFeatureExtractor(feature_size=..., fps=..., feature_stride=..., "
+                "num_frames=...).save_pretrained(folder)."
+            ) from error
+
+    def _check_feature_extractor(self):
+        extractor, width = self.feature_extractor, sum(self.model.config.stream_widths)
+        if not hasattr(extractor, "post_process_temporal_action_localization"):
+            raise ValueError(
+                f"The feature extractor is a {type(extractor).__name__}; expected a ConvTransformerFeatureExtractor. Check "
+                "preprocessor_config.json, or pass feature_extractor=."
+            )
+        if extractor.feature_size != width:
+            raise ValueError(
+                f"The feature extractor has feature_size {extractor.feature_size}, but the model takes features of width "
+                f"{width} (n_in). They are of different checkpoints: load both from one, or correct preprocessor_config.json."
+            )
+
+
+__all__ = ["TemporalActionLocalizationPipeline"]
