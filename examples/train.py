@@ -7,16 +7,17 @@
 
 The YAML file is a recipe: `model` (fields of ConvTransformerConfig), `feature_extractor` (its arguments), `data` and
 `training` (the options below, by name). What the command line says replaces what the recipe says. Everything goes to
---output_dir: checkpoints, the best model by mAP, metrics.json, and run.json with the command and the versions. The same
-command again goes on where a killed run stopped.
+--output_dir: checkpoints, the best model by mAP, README.md (its model card, with a picture if matplotlib is installed),
+metrics.json, and run.json with the command and the versions. --push_to_hub true publishes it all as --hub_model_id. The
+same command again goes on where a killed run stopped.
 """
 
 import json
 import platform
-import shlex
 import sys
 import zipfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +54,9 @@ from modeling_convtransformer.training import (
     detections_of,
     find_last_checkpoint,
     load_for_classes,
+    shareable_command,
 )
+from modeling_convtransformer.visualization import plot_timeline
 
 
 @dataclass
@@ -63,6 +66,9 @@ class ModelArguments:
     )
     set: list[str] = field(
         default_factory=list, metadata={"help": "fields of the model's config, such as n_embd=256 arch=[2,2,4]"}
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "of the model, for its card: an identifier of the Hub's, such as apache-2.0"}
     )
 
 
@@ -76,6 +82,7 @@ class DataArguments:
         },
     )
     folder: str | None = field(default=None, metadata={"help": "of the data set, for sbhar and arrow"})
+    dataset_name: str | None = field(default=None, metadata={"help": "what the model card calls the data"})
     download: bool = field(default=False, metadata={"help": "fetch SBHAR from the UCI archive into --folder"})
     annotations: str | None = field(default=None, metadata={"help": "JSON file of ActivityNet's format"})
     features: list[str] = field(default_factory=list, metadata={"help": "folders of feature files, one a stream"})
@@ -319,6 +326,9 @@ def make_trainer(model, feature_extractor, train_set, val_set, training: Trainin
     return trainer, average
 
 
+# Scores above this are in the model card's picture.
+SHOWN = 0.3
+
 # Fields of a saved config that say nothing about the weights.
 NOT_THE_MODEL = {"transformers_version", "architectures", "dtype", "id2label", "label2id"}
 
@@ -345,7 +355,7 @@ def start(training: Training, config: ConvTransformerConfig | None = None) -> st
                 "there. Give another --output_dir, or --fresh true to start anew in this one"
             )
     run = {
-        "command": shlex.join([sys.executable, *sys.argv]),
+        "command": shareable_command([sys.executable, *sys.argv]),
         "seed": training.seed,
         "versions": {
             "python": platform.python_version(),
@@ -362,8 +372,53 @@ def start(training: Training, config: ConvTransformerConfig | None = None) -> st
     return checkpoint
 
 
+def localize(trainer: TemporalActionTrainer) -> tuple[dict, dict]:
+    """What the model finds in the evaluation set, and the truth, by number of the recording."""
+    return detections_of(trainer.predict(trainer.eval_dataset))
+
+
 def evaluate(trainer: TemporalActionTrainer) -> DetectionMetrics:
-    return evaluate_detections(*detections_of(trainer.predict(trainer.eval_dataset)))
+    return evaluate_detections(*localize(trainer))
+
+
+def draw(found: dict, truth: dict, dataset: Dataset, id2label: dict[int, str], path: Path) -> dict[str, str]:
+    """The timeline of the first recording with segments, as `create_model_card` takes it; nothing without matplotlib."""
+    index = next(index for index in truth if len(truth[index]["labels"]))
+    best = found[index]["scores"] > SHOWN
+    predictions = {name: values[best] for name, values in found[index].items()}
+    item = dataset[index]
+    duration = item["geometry"]["duration"]
+    try:
+        plot_timeline(predictions, path, id2label, truth[index], None if duration is None else float(duration))
+    except ImportError:
+        return {}
+    return {
+        "picture": path.name,
+        "caption": f"The evaluation recording `{item['video_id']}`: truth above; below, what is predicted with a score above "
+        f"{SHOWN}, the paler the lower.",
+    }
+
+
+def describe_data(options: DataArguments, feature_extractor) -> dict[str, Any]:
+    """What the model card says of the data, as `create_model_card` takes it."""
+    if options.dataset == "arrow":
+        is_on_hub = not Path(options.folder).exists()
+        name = options.folder if is_on_hub else Path(options.folder).resolve().name
+        return {
+            "dataset": options.dataset_name or name,
+            "dataset_tags": [options.folder] if is_on_hub else None,
+        }
+    name = options.dataset_name or ("SBHAR" if options.dataset == "sbhar" else Path(options.annotations).name)
+    if options.dataset == "files":
+        return {"dataset": name}
+    samples = int(feature_extractor.num_frames)
+    return {
+        "dataset": name,
+        "tags": ["sensor"],
+        "features": f"A feature is a window of raw sensor values, {samples} samples of "
+        f"{feature_extractor.feature_size // samples} channels in a row. The pipeline cuts a whole recording into them: "
+        '`localize({"signal": "recording.npy"})`, of shape (samples, channels).',
+    }
 
 
 def main():
@@ -388,21 +443,22 @@ def main():
     trainer, average = make_trainer(model, feature_extractor, train_set, val_set, training)
     trainer.train(resume_from_checkpoint=checkpoint)
 
-    # Trainer has put the best weights back; the average follows it.
-    results, folder = {}, Path(training.output_dir)
-    results["own"] = evaluate(trainer)
-    other = folder / "own_weights"
-    if average is None or training.weights == "own":
-        trainer.save_model(folder)
-        other = folder / "average_weights"
-    elif average is not None:
-        trainer.save_model(other)
-    if average is not None:
-        with average.weights(trainer.model):
-            results["average"] = evaluate(trainer)
-            trainer.save_model(folder if training.weights == "average" else other)
+    # Trainer has put the best weights back; the average follows it. (An internal call uploads nothing yet.)
+    folder, kept = Path(training.output_dir), "own" if average is None else training.weights
+    found, results = {}, {}
+    for name in ("own",) if average is None else ("own", "average"):
+        with average.weights(trainer.model) if name == "average" else nullcontext():
+            found[name], truth = localize(trainer)
+            results[name] = evaluate_detections(found[name], truth)
+            trainer.save_model(folder if name == kept else folder / f"{name}_weights", _internal_call=True)
+    card = {
+        **describe_data(data_options, feature_extractor),
+        "results": {"+".join(data_options.val_split): results[kept].to_dict()},
+        "license": model_options.license,
+        "finetuned_from": model_options.checkpoint,
+        "command": shareable_command(["python", *sys.argv]),
+    }
     if training.should_save:
-        kept = training.weights if average is not None else "own"
         for name, metrics in results.items():
             print(f"\n{name} weights{' (kept)' if name == kept else ''}:\n{metrics}")
         written = {name: metrics.to_dict() for name, metrics in results.items()}
@@ -412,6 +468,10 @@ def main():
             "history": trainer.state.log_history,
         }
         (folder / "metrics.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        card |= draw(found[kept], truth, val_set, model.config.id2label, folder / "timeline.png")
+    with average.weights(trainer.model) if kept == "average" else nullcontext():
+        trainer.push_to_hub(**card) if training.push_to_hub else trainer.create_model_card(**card)
+    if training.should_save:
         print(f"\nmodel: {folder}")
 
 

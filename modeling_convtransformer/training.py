@@ -17,6 +17,10 @@ of the weights. Label smoothing is a field of the model's config; Trainer's own 
 import functools
 import json
 import os
+import platform
+import re
+import shlex
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -35,6 +40,7 @@ from .configuration_convtransformer import ConvTransformerConfig
 from .convert.adapt import Report, adapt
 from .data import DataCollator
 from .evaluation import evaluate_detections
+from .model_card_convtransformer import make_model_card, write_model_card
 from .modeling_convtransformer import ConvTransformerForTemporalActionLocalization, MaskedConv1d
 
 if TYPE_CHECKING:
@@ -51,6 +57,7 @@ __all__ = [
     "load_for_classes",
     "parameter_groups",
     "register_peft_defaults",
+    "shareable_command",
 ]
 
 EMA_NAME = "ema.safetensors"
@@ -134,6 +141,7 @@ class EMACallback(TrainerCallback):
             raise ValueError(f"decay is {decay!r}; expected a number in [0, 1), such as 0.999.")
         self.trainer, self.decay = trainer, decay
         self.average: dict[str, torch.Tensor] = {}
+        self.in_use = False  # whether the model has the averaged weights just now
         self.saved_step: int | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -192,9 +200,11 @@ class EMACallback(TrainerCallback):
         parameters = {name: parameter for name, parameter in model.named_parameters() if name in self.average}
         own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         _copy(self.average, parameters)
+        self.in_use = True
         try:
             yield model
         finally:
+            self.in_use = False
             _copy(own, parameters)
 
     def _save_if_due(self, args, state, control):
@@ -294,7 +304,7 @@ class _SetEpoch(TrainerCallback):
 
 class TemporalActionTrainer(Trainer):
     """
-    transformers' Trainer for detectors of segments. It differs from Trainer in four things:
+    transformers' Trainer for detectors of segments. It differs from Trainer in five things:
 
     - Evaluation turns the output of each batch into segments in seconds at once. `compute_metrics` gets
       `EvalPrediction(predictions, label_ids)` with predictions `(samples, N, 4)` (start, end, score, class) and label_ids
@@ -304,6 +314,7 @@ class TemporalActionTrainer(Trainer):
     - With gradient accumulation, the positives of all accumulated batches are counted before the first of them, so that
       the gradients are those of one large batch.
     - A dataset that draws (crops, augmentations) draws by epoch: a resumed run repeats what the killed run drew.
+    - The model card says what was measured; see `create_model_card`.
 
     Args:
         feature_extractor: turns outputs into segments, with its own post-processing settings.
@@ -372,6 +383,125 @@ class TemporalActionTrainer(Trainer):
             ]
         return loss, _pad(detections), None if truths is None else _pad(truths)
 
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        *,
+        results: Mapping[str, Mapping[str, float]] | None = None,
+        command: str | None = None,
+        **more: Any,
+    ) -> None:
+        """
+        Writes README.md into `output_dir`: figures, use, and how the model was trained. `push_to_hub`, and `save_model` with
+        `args.push_to_hub`, call it. A README.md that people wrote or changed stays. (Of adapters, PEFT writes the card.)
+
+        Args:
+            language, license, tags, model_name: for the metadata; the license is never guessed.
+            finetuned_from: Hub id or folder that the weights started from; default: what the model was loaded from.
+            tasks, dataset_args: not used; the task is temporal action localization.
+            dataset_tags, dataset: ids of data sets on the Hub, and names of the data for readers.
+            results: figures by evaluated set, see `make_model_card`; default: those in the log of the weights that the model
+                has now, the moving average's within `EMACallback.weights`.
+            command: that trained the model; default: this process's, if it is a script's.
+            more: other arguments of `make_model_card`: picture, caption, features, notes, revision.
+        """
+        if not self.is_world_process_zero():
+            return
+        if not isinstance(self.model, ConvTransformerForTemporalActionLocalization):
+            super().create_model_card(
+                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
+            )
+            return
+        dataset_ids, names = _listed(dataset_tags), _listed(dataset) or _listed(dataset_tags)
+        model_id = self.hub_model_id or self.args.hub_model_id or ""
+        model_id = model_id if "/" in model_id else None
+        was_trained = self.state.global_step > 0
+        card = make_model_card(
+            self.model.config,
+            model_id=model_id,
+            model_name=model_name or (None if model_id else Path(os.path.abspath(self.args.output_dir)).name),
+            num_parameters=self.model.num_parameters(),
+            geometry={name: getattr(self.feature_extractor, name) for name in ("fps", "feature_stride", "num_frames")},
+            results=self._measured() if results is None else results,
+            dataset=" and ".join(names) or None,
+            dataset_ids=dataset_ids,
+            base_model=finetuned_from or (self.model.name_or_path if was_trained else None) or None,
+            license=license,
+            tags=_listed(tags),
+            command=(command or _command_of_process()) if was_trained else None,
+            training=self._recipe() if was_trained else None,
+            **{**more, "notes": [*more.get("notes", ()), *self._notes()]},
+        )
+        card.data.language = language
+        write_model_card(card, self.args.output_dir)
+
+    def _measured(self) -> dict[str, dict[str, float]]:
+        """What the log says about the weights that the model has now, by evaluated set."""
+        rows = self.state.log_history
+        end = max((place for place, row in enumerate(rows) if "train_runtime" in row), default=len(rows))
+        after = _evaluations(rows[end + 1 :], self._uses_average())
+        if after:
+            return after
+        is_best = end < len(rows) and self._has_best_weights()
+        step = self.state.best_global_step if is_best else self.state.global_step
+        return _evaluations([row for row in rows if row.get("step") == step], self._uses_average())
+
+    def _uses_average(self) -> bool:
+        return any(getattr(callback, "in_use", False) for callback in self.callback_handler.callbacks)
+
+    def _has_best_weights(self) -> bool:
+        return self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+
+    def _recipe(self) -> dict[str, str]:
+        from . import __version__
+
+        args, state = self.args, self.state
+        warmup = args.get_warmup_steps(state.max_steps)
+        schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)).replace("_", " ")
+        recipe = {
+            "learning rate": f"{args.learning_rate:g}, {schedule} schedule"
+            + (f" after {warmup} steps of warm-up" if warmup else ""),
+            "optimizer": f"{getattr(args.optim, 'value', args.optim)}, weight decay {args.weight_decay:g}"
+            + (f", gradients clipped to a norm of {args.max_grad_norm:g}" if args.max_grad_norm else ""),
+            "batch size": str(args.train_batch_size * args.world_size * args.gradient_accumulation_steps),
+            "epochs": f"{round(state.epoch or 0, 2):g} ({state.global_step} steps)",
+        }
+        if hasattr(self.train_dataset, "__len__"):
+            recipe["recordings"] = f"{len(self.train_dataset)} to train on"
+            if hasattr(self.eval_dataset, "__len__") and not isinstance(self.eval_dataset, dict):
+                recipe["recordings"] += f", {len(self.eval_dataset)} to evaluate on"
+        average = [callback for callback in self.callback_handler.callbacks if isinstance(callback, EMACallback)]
+        if average:
+            kept = "their moving average" if self._uses_average() else "the last ones, not their moving average"
+            recipe["weights"] = f"{kept} (decay {average[0].decay:g})"
+        if args.bf16 or args.fp16:
+            recipe["precision"] = f"mixed, {'bfloat16' if args.bf16 else 'float16'}"
+        recipe["seed"] = str(args.seed)
+        recipe["versions"] = (
+            f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+            f"modeling-convtransformer {__version__}"
+        )
+        return recipe
+
+    def _notes(self) -> list[str]:
+        if not self._has_best_weights():
+            return []
+        name = self.args.metric_for_best_model
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        tried = sum(name in row for row in self.state.log_history)
+        return [
+            f"The weights are the best of {tried} evaluations during training (step {self.state.best_global_step}, by "
+            f"`{name}`), chosen on the recordings that they are evaluated on: the figures flatter them a little."
+        ]
+
 
 def find_detector(model: nn.Module) -> ConvTransformerForTemporalActionLocalization:
     """The detector inside what PEFT, accelerate or torch.compile made of it.
@@ -389,6 +519,51 @@ def _pad(rows: list[torch.Tensor]) -> torch.Tensor:
     """(samples, longest or 1, columns): one row of filler at least, so that a batch of nothing keeps its shape."""
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_FILLER)
     return padded if padded.shape[1] else padded.new_full((len(rows), 1, padded.shape[2]), _FILLER)
+
+
+def shareable_command(words: Sequence[str]) -> str:
+    """A command line that a reader can copy, without the passwords and tokens in it."""
+    shown, hide = [], False
+    for word in words:
+        option, is_given, _ = word.partition("=")
+        is_secret = re.fullmatch(r"--?[\w-]*(?:token|password|secret|api[_-]?key)", option)
+        if hide and not word.startswith("--"):
+            word = "***"
+        elif is_secret and is_given:
+            word = f"{option}=***"
+        hide = bool(is_secret and not is_given)
+        shown.append(re.sub(r"hf_[A-Za-z0-9]{16,}", "***", word))
+    return shlex.join(shown)
+
+
+def _command_of_process() -> str | None:
+    """How this process was started, if it is a script's: not a notebook's, nor an interpreter's."""
+    main = sys.modules.get("__main__")
+    if not getattr(main, "__file__", None) or not sys.argv or "ipykernel" in sys.argv[0]:
+        return None
+    if getattr(main, "__spec__", None) is not None:  # python -m
+        return shareable_command(["python", "-m", main.__spec__.name.removesuffix(".__main__"), *sys.argv[1:]])
+    return shareable_command(["python", *sys.argv]) if sys.argv[0].endswith(".py") else None
+
+
+def _evaluations(rows: Sequence[Mapping[str, Any]], is_average: bool) -> dict[str, dict[str, float]]:
+    """The mAPs in rows of a log, by evaluated set; of later rows, the later figures. Trainer's name for the only set is
+    "eval"; of several it is "eval_night"."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            match = re.fullmatch(r"eval_(?:(.+?)_)?(map(?:_[\d.]+)?)", name)
+            if match is None:
+                continue
+            which = match[1] or ""
+            if (which == "ema" or which.endswith("_ema")) == is_average:
+                which = which.removesuffix("ema").removesuffix("_") if is_average else which
+                found.setdefault(which or "evaluation", {})[match[2]] = value
+    return found
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def compute_detection_metrics(prediction: EvalPrediction) -> dict[str, float]:

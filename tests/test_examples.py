@@ -11,11 +11,13 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
 from modeling_convtransformer import ConvTransformerFeatureExtractor, ConvTransformerForTemporalActionLocalization
@@ -83,7 +85,7 @@ def test_localize_prints_a_table_and_names_bad_input(demo, tmp_path):
     (tmp_path / "words.npy").write_text("not a signal")
     result = run(script, folder / "model", "words.npy", cwd=tmp_path)
     assert result.returncode == 2
-    assert "words.npy is no .npy file of numbers" in result.stderr
+    assert "words.npy: it is no readable .npy" in result.stderr
     assert "pickle" not in result.stderr
 
     result = run(script, folder / "model", "missing.npy", cwd=tmp_path)
@@ -275,6 +277,71 @@ def test_train_writes_both_weights_and_what_they_reach(train, tmp_path, kept, ca
         name: metrics[name] for name in ("own", "average", "best_step")
     }
     assert "going on from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", ["average", "own"])
+def test_train_writes_a_model_card(train, tmp_path, kept):
+    pytest.importorskip("matplotlib", reason="the picture needs the demo extra")
+    options = ["--output_dir", "out", "--num_train_epochs", 6, "--learning_rate", 0.02, "--weights", kept]
+    train(*options, "--license", "MIT", "--hub_token", "secret")
+    folder = tmp_path / "out"
+    card, metrics = ModelCard.load(str(folder / "README.md")), json.loads((folder / "metrics.json").read_text())
+    found = {tuple(one.metric_args["tiou_thresholds"]): one.metric_value for one in card.data.eval_results}
+    tious = (0.3, 0.4, 0.5, 0.6, 0.7)
+    names = {tious: "map", **{(tiou,): f"map_{100 * tiou:g}" for tiou in tious}}
+    assert found == {tious: round(100 * metrics[kept][name], 2) for tious, name in names.items()}
+    assert card.data.license == "mit"
+    assert {(one.dataset_name, one.dataset_split) for one in card.data.eval_results} == {
+        ("annotations.json", "validation")
+    }
+    assert (folder / "timeline.png").stat().st_size > 5_000
+    for part in (
+        "![Timeline of one recording](timeline.png)\n\n*The evaluation recording `r6`: ",
+        f"python train.py recipe.yaml --output_dir out --num_train_epochs 6 --learning_rate 0.02 --weights {kept} "
+        "--license MIT --hub_token '***'\n",
+        "a window of raw sensor values, 10 samples of 3 channels",
+        "their moving average (decay 0.9)" if kept == "average" else "the last ones, not their moving average",
+        "feature t covers 10 frames from frame 5",
+    ):
+        assert part in card.text
+    for file in ("README.md", "run.json"):
+        assert "secret" not in (folder / file).read_text()
+
+    # Fine-tuned, without matplotlib, and with a name for the data.
+    hidden = pytest.MonkeyPatch()
+    hidden.setitem(sys.modules, "matplotlib", None)
+    train("--output_dir", "new", "--checkpoint", "out", "--num_train_epochs", 1, "--dataset_name", "Noise")
+    hidden.undo()
+    text = (tmp_path / "new" / "README.md").read_text()
+    assert "timeline" not in text
+    assert (
+        "Trained on Noise. It started from the weights of a model that is not on the Hub (the folder `out`)." in text
+    )
+    assert "license" not in text
+
+
+def test_train_uploads_at_the_end_what_it_keeps(train, tmp_path, monkeypatch):
+    uploads = []
+
+    def upload(self, repo_id, folder_path, ignore_patterns, **_):
+        folder = Path(folder_path)
+        uploads.append(
+            {name: (folder / name).read_bytes() for name in ("README.md", "metrics.json", "model.safetensors")}
+        )
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    options = ["--output_dir", "out", "--num_train_epochs", 1, "--push_to_hub", "true", "--hub_strategy", "end"]
+    train(*options, "--hub_model_id", "me/noise")
+    (uploaded,) = uploads
+    for name, content in uploaded.items():
+        assert (tmp_path / "out" / name).read_bytes() == content
+    assert not any(
+        torch.equal(tensor, load_file(tmp_path / "out" / "own_weights" / "model.safetensors")[name])
+        for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()
+        if name.endswith("output.weight")
+    )
+    assert 'model="me/noise"' in uploaded["README.md"].decode()
 
 
 def test_train_without_average_and_anew(train, tmp_path, capsys):
