@@ -11,11 +11,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import logging
+from transformers import logging, pipeline
 
-from modeling_convtransformer import ConvTransformerFeatureExtractor, ConvTransformerForTemporalActionLocalization
-from modeling_convtransformer.data import window_features
+import modeling_convtransformer  # noqa: F401 - registers the pipeline
 from modeling_convtransformer.visualization import plot_timeline
 
 
@@ -51,34 +49,13 @@ def main():
             parser.error(f"there is no {file}")
 
     logging.disable_progress_bar()
-    model = ConvTransformerForTemporalActionLocalization.from_pretrained(options.model).eval()
-    feature_extractor = ConvTransformerFeatureExtractor.from_pretrained(options.model)
-
     try:
+        localize = pipeline("temporal-action-localization", model=str(options.model))
+        segments = localize({"signal": options.signal}, threshold=options.threshold)
         signal = np.load(options.signal, allow_pickle=False)
-    except (ValueError, OSError, EOFError):  # numpy's own words advise to unpickle the file
-        signal = None
-    if not isinstance(signal, np.ndarray):
-        parser.error(f"{options.signal} is no .npy file of numbers; write it with np.save(path, signal)")
-    try:
-        features = window_features(signal, feature_extractor.num_frames, feature_extractor.feature_stride)
-        inputs = feature_extractor(features, names=[str(options.signal)])
-    except ValueError as error:
-        parser.error(f"{options.signal}: {error}")
-    duration = len(signal) / feature_extractor.fps
-    with torch.no_grad():
-        outputs = model(**inputs)
-    found = feature_extractor.post_process_temporal_action_localization(
-        outputs, geometry={"duration": duration}, threshold=options.threshold
-    )[0]
-
-    id2label = model.config.id2label
-    segments = [
-        {"label": id2label[label], "score": score, "start": start, "end": end}
-        for (start, end), label, score in zip(
-            found["segments"].tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True
-        )
-    ]
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    config, duration = localize.model.config, len(signal) / localize.feature_extractor.fps
     truth = None if options.truth is None else json.loads(options.truth.read_text(encoding="utf-8"))
     print(
         f"{options.signal.name}: {duration:.0f} s, {len(segments)} segments with a score above {options.threshold}\n"
@@ -86,12 +63,17 @@ def main():
     print(format_table(segments, truth))
 
     if options.picture is not None:
+        predictions = {
+            "segments": [(one["start"], one["end"]) for one in segments],
+            "labels": [config.label2id[one["label"]] for one in segments],
+            "scores": [one["score"] for one in segments],
+        }
         ground_truth = truth and {
             "segments": [one["segment"] for one in truth],
-            "labels": [model.config.label2id[one["label"]] for one in truth],
+            "labels": [config.label2id[one["label"]] for one in truth],
         }
         path = plot_timeline(
-            found, options.picture, id2label, ground_truth, duration=duration, title=options.signal.stem
+            predictions, options.picture, config.id2label, ground_truth, duration=duration, title=options.signal.stem
         )
         print(f"\npicture: {path}")
 
