@@ -62,7 +62,9 @@ def plot_timeline(
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     handles = [Patch(color=colours[label], label=id2label[label]) for label in present]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7) or 1, frameon=False)
+    longest = max((len(id2label[label]) for label in present), default=0)
+    columns = max(1, min(len(handles), 130 // (longest + 9)))  # the picture is some 130 letters wide
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
