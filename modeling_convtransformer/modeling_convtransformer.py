@@ -161,7 +161,7 @@ class MaskedConv1d(nn.Conv1d):
         """The same as a sum of matrix products, whose gradients take half the time of a convolution's on the CPU."""
         if self.padding[0]:
             x = F.pad(x, (0, 0, self.padding[0], self.padding[0]))
-        batch, steps = len(x), x.shape[1] - self.kernel_size[0] + 1
+        batch, steps = x.shape[0], x.shape[1] - self.kernel_size[0] + 1
         taps = [tap.expand(batch, -1, -1) for tap in self.weight.permute(2, 1, 0).contiguous()]
         output = torch.bmm(x[:, :steps], taps[0])
         for place, tap in enumerate(taps[1:], start=1):  # in place, which autocast does not look after
@@ -601,7 +601,7 @@ class ConvTransformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
-        "hidden_states": GradientCheckpointingLayer,  # the base of both blocks; of a list, layers cannot be chosen
+        "hidden_states": GradientCheckpointingLayer,  # the base of both kinds of block
         "attentions": ConvTransformerAttention,
     }
     # What a loaded checkpoint lacked, and is random: fine for training, but the pipeline refuses it.
@@ -808,7 +808,7 @@ class ConvTransformerBackbone(BackboneMixin, ConvTransformerPreTrainedModel):
         Raises:
             ValueError: shapes that do not fit.
         """
-        outputs = self.model(input_features, attention_mask, **kwargs)
+        outputs = self.model(input_features, attention_mask, return_dict=True, **kwargs)
         return ConvTransformerBackboneOutput(
             feature_maps=tuple(outputs.feature_maps[index] for index in self.out_indices),
             feature_masks=tuple(outputs.feature_masks[index] for index in self.out_indices),
@@ -947,7 +947,7 @@ class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedMode
             ValueError: shapes that do not fit, or labels that the model cannot learn; the message names the sample.
         """
         attention_mask = self.model.check_inputs(input_features, attention_mask)
-        outputs = self.model(input_features, attention_mask, **kwargs)
+        outputs = self.model(input_features, attention_mask, return_dict=True, **kwargs)
         start = self.config.fpn_start_level
         features, masks = outputs.feature_maps[start:], outputs.feature_masks[start:]
         paddings = [None if attention_mask is None else (mask == 0)[..., None] for mask in masks]
