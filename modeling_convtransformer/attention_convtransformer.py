@@ -89,7 +89,8 @@ def make_attention_mask(
     """
     if is_flash_attention_requested(requested_attention_implementation=implementation):
         return valid
-    has_window = 1 < window < 2 * length - 1
+    # Under torch.export the length is a symbol; a graph that looked at it would serve long sequences or short ones, not both.
+    has_window = window > 1 and (isinstance(length, torch.SymInt) or window < 2 * length - 1)
     half = window // 2 if has_window else length
     if implementation == "flex_attention":
         if valid is None and not has_window and not is_causal:
@@ -291,7 +292,7 @@ class WindowFold:
     def __init__(self, length: int, window: int):
         self.half = window // 2
         self.size = max(_MIN_BLOCK, 2 * self.half)
-        self.blocks = -(-length // self.size)
+        self.blocks = (length + self.size - 1) // self.size  # not -(-a // b), which ONNX divides towards 0
         self.filled = self.blocks * self.size - length
 
     def fold_queries(self, x: torch.Tensor) -> torch.Tensor:
@@ -304,7 +305,7 @@ class WindowFold:
     def fold_keys(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, time, ...) to (batch, blocks, half + size + half, ...), with what each block's windows reach."""
         x = self.fold_queries(x)
-        beyond = x.new_zeros(len(x), 1, self.half, *x.shape[3:])
+        beyond = x.new_zeros(x.shape[0], 1, self.half, *x.shape[3:])
         before = torch.cat((beyond, x[:, :-1, self.size - self.half :]), dim=1)
         after = torch.cat((x[:, 1:, : self.half], beyond), dim=1)
         return torch.cat((before, x, after), dim=2)
