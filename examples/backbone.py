@@ -1,6 +1,6 @@
 """The pyramid of a trained checkpoint inside a detector of your own.
 
-    python examples/backbone.py outputs/watch/model
+python examples/backbone.py outputs/watch/model
 """
 
 import sys
@@ -14,7 +14,9 @@ from modeling_convtransformer import ConvTransformerBackbone
 class YourDetector(nn.Module):
     def __init__(self, folder: str, classes: int):
         super().__init__()
-        self.backbone = ConvTransformerBackbone.from_pretrained(folder, out_indices=[0, 2, 4])  # three levels of the six
+        self.backbone = ConvTransformerBackbone.from_pretrained(
+            folder, out_indices=[0, 2, 4]
+        )  # three levels of the six
         self.heads = nn.ModuleList(nn.Linear(width, classes) for width in self.backbone.channels)
 
     def forward(self, features: torch.Tensor) -> list[torch.Tensor]:

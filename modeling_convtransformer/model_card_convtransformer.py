@@ -242,7 +242,7 @@ def _usage(config, model_id: str, revision: str, is_detector: bool) -> str:
         else ""
     )
     return (
-        f"## Use\n\nWith torch and transformers (5.17 or later):\n\n{_fence(first.format(**names), 'python')}\n\n"
+        f"## Use\n\nWith torch and transformers (5.10.1 or later):\n\n{_fence(first.format(**names), 'python')}\n\n"
         "`trust_remote_code=True` runs Python code of this repository; `revision` pins it together with the weights: what you "
         f"have looked at is what runs, also when the repository changes.{chosen} With the package `modeling-convtransformer` "
         f"installed, no code of the repository runs:\n\n{_fence(second.format(**names), 'python')}"
