@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 WITH_OLDEST := tests/test_configuration_convtransformer.py tests/test_conformance.py tests/test_hub.py \
-	tests/test_pipeline_convtransformer.py tests/test_model_card_convtransformer.py tests/test_training.py
+	tests/test_pipeline_convtransformer.py
 
 .PHONY: demo test bench clean
 

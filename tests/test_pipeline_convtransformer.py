@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from test_modeling_convtransformer import VARIANTS, make_config, randomize
 from transformers import DetrConfig, DetrForObjectDetection, Wav2Vec2FeatureExtractor, pipeline
+from transformers.utils import logging
 
 from modeling_convtransformer import (
     ConvTransformerConfig,
@@ -283,6 +284,7 @@ def test_an_overlap_that_is_too_small_warns(caplog):
 
 
 def test_long_recordings_show_progress(capfd):
+    logging.enable_progress_bar()  # other tests turn it off
     localize = make_pipeline(mha_win_size=3)
     localize(make_features(100))
     assert "windows" not in capfd.readouterr().err
