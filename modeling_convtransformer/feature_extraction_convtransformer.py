@@ -47,6 +47,10 @@ _GEOMETRY = ("fps", "feature_stride", "num_frames", "duration")
 # What a sample may be, and what its first axis counts.
 _AXES = {"features": "time", "signal": "samples"}
 
+# The geometry of v1's features of THUMOS14 (two-stream I3D), for a feature extractor that is told nothing.
+_DEFAULT_GEOMETRY = {"feature_size": 2048, "fps": 30, "feature_stride": 4, "num_frames": 16}
+_REQUIRED = ("feature_size", "fps", "feature_stride")
+
 # Up to this many pairs, all decays of soft-NMS are computed at once, if about all will be needed; else one row for each
 # segment that is kept.
 _MAX_PAIRS = 2**22
@@ -61,6 +65,7 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         fps (`float`): frames (or samples) per second of the recordings that the features were computed from.
         feature_stride (`float`): frames from one feature to the next.
         num_frames (`float`, *optional*, defaults to `feature_stride`): frames that one feature covers.
+            (With none of these four: 2048, 30, 4 and 16, v1's features of THUMOS14, as `ConvTransformerConfig()` takes.)
         padding_value (`float`, defaults to 0.0): what padded steps hold.
         min_length (`int`, *optional*), pad_to_multiple_of (`int`, *optional*): pad batches to this length at least, and
             beyond it to a multiple. A model does not need it; it is how v1 pads, whose results depend on it.
@@ -89,9 +94,9 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
 
     def __init__(
         self,
-        feature_size: int,
-        fps: float,
-        feature_stride: float,
+        feature_size: int | None = None,
+        fps: float | None = None,
+        feature_stride: float | None = None,
         num_frames: float | None = None,
         padding_value: float = 0.0,
         min_length: int | None = None,
@@ -99,6 +104,10 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         length_tolerance: float = 0.1,
         **kwargs,
     ):
+        if all(value is None for value in (feature_size, fps, feature_stride, num_frames)):
+            feature_size, fps, feature_stride, num_frames = _DEFAULT_GEOMETRY.values()
+        given = dict(zip(_REQUIRED, (feature_size, fps, feature_stride), strict=True))
+        _check_required([name for name, value in given.items() if value is None])
         settings = {name: kwargs.pop(name, default) for name, default in _POST_PROCESSING.items()}
         # The base class wants a rate: it is the recordings'.
         kwargs["sampling_rate"] = _plain(fps)
@@ -125,6 +134,12 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         self._geometry(None, "the feature extractor")
         for name, value in _check_settings(settings).items():
             setattr(self, name, value)
+
+    @classmethod
+    def from_dict(cls, feature_extractor_dict: dict[str, Any], **kwargs):
+        """As in transformers; saved settings without a geometry are refused, because no default would be theirs."""
+        _check_required([name for name in _REQUIRED if name not in {**feature_extractor_dict, **kwargs}])
+        return super().from_dict(feature_extractor_dict, **kwargs)
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "ConvTransformerFeatureExtractor":
@@ -894,6 +909,14 @@ def _without_none(geometry: dict | None) -> dict:
 
 def _is_number(value) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _check_required(missing: list[str]):
+    if missing:
+        raise ValueError(
+            f"The feature extractor's settings lack {', '.join(missing)}: where a segment lies in seconds depends on them. Give "
+            "feature_size, fps, feature_stride and num_frames as the features were computed."
+        )
 
 
 def _check_geometry(geometry: dict, name: str):

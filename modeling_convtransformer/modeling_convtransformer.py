@@ -69,15 +69,12 @@ class ConvTransformerBackboneOutput(BackboneOutput):
     Args:
         feature_maps (`tuple(torch.FloatTensor)`, one `(batch, ceil(time / stride), n_embd)` for each of `out_features`):
             The chosen levels, finest first.
+        hidden_states, attentions: see `ConvTransformerModelOutput`.
         feature_masks (`tuple(torch.LongTensor)`, one `(batch, ceil(time / stride))` for each of `out_features`):
             1 where a step is valid, 0 where it is padded.
-        hidden_states, attentions: see `ConvTransformerModelOutput`.
     """
 
-    feature_maps: tuple[torch.FloatTensor, ...] | None = None
     feature_masks: tuple[torch.LongTensor, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass

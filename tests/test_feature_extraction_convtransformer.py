@@ -230,6 +230,25 @@ def test_padding_arguments():
         make()(samples, annotations=[[], []], truncation=True, max_length=4, padding="max_length")
 
 
+def test_the_geometry_is_given_whole_or_not_at_all(tmp_path):
+    """Common tests of transformers make one without arguments; a half-known geometry would shift every segment."""
+    default = ConvTransformerFeatureExtractor()
+    assert (default.feature_size, default.fps, default.feature_stride, default.num_frames) == (2048, 30, 4, 16)
+    assert default.feature_size == ConvTransformerConfig().n_in
+    for settings_given, missing in (
+        ({"feature_size": 6}, "fps, feature_stride"),
+        ({"feature_size": 6, "fps": 10}, "feature_stride"),
+        ({"fps": 10, "feature_stride": 5}, "feature_size"),
+        ({"num_frames": 16}, "feature_size, fps, feature_stride"),
+    ):
+        with pytest.raises(ValueError, match=f"settings lack {missing}: "):
+            ConvTransformerFeatureExtractor(**settings_given)
+    for text in ("{}", '{"feature_size": 6, "feature_stride": 5}'):
+        (tmp_path / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"settings lack .*fps"):
+            ConvTransformerFeatureExtractor.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(("longest", "expected"), [(5, 8), (8, 8), (9, 12), (12, 12), (13, 18)])
 def test_pads_as_v1_does(longest, expected):
     """To the training length (8), or beyond it to a multiple (6), of which 8 is none."""
@@ -799,7 +818,7 @@ def test_bad_geometry_of_the_extractor(name, value):
     if (name, value) == ("num_frames", None):
         assert make(num_frames=None).num_frames == 4  # that of feature_stride
         return
-    with pytest.raises(ValueError, match=f"{name} is "):
+    with pytest.raises(ValueError, match=f"{name} is |lack {name}:"):
         make(**{name: value})
 
 
