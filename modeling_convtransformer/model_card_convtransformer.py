@@ -53,7 +53,7 @@ segments = localize("features.npy", threshold=0.3)  # or an array (time, channel
 # [{{"label": {label}, "score": ..., "start": seconds, "end": seconds}}, ...], best first
 """,
     """
-import modeling_convtransformer  # tells transformers about the model
+import {package}  # tells transformers about the model
 from transformers import pipeline
 
 localize = pipeline("temporal-action-localization", model={where}, revision={pinned})
@@ -70,7 +70,7 @@ model = AutoModel.from_pretrained(
 )
 """,
     """
-import modeling_convtransformer  # tells transformers about the model
+import {package}  # tells transformers about the model
 from transformers import AutoModel
 
 model = AutoModel.from_pretrained({where}, revision={pinned})
@@ -236,6 +236,7 @@ def _usage(config, model_id: str, revision: str, is_detector: bool) -> str:
     first, second = _SNIPPETS if is_detector else _BACKBONE_SNIPPETS
     names = {"where": model_id, "pinned": revision, "label": str(config.id2label[0])}
     names = {key: json.dumps(name, ensure_ascii=False) for key, name in names.items()}
+    names["package"] = "modeling_convtransformer"  # (a line of this file that imported it would not travel)
     chosen = (
         f" Replace `{UNKNOWN_REVISION}` by the commit that you have looked at (History, under Files and versions)."
         if revision == UNKNOWN_REVISION
