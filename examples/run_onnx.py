@@ -1,9 +1,10 @@
 """Localize actions with an exported detector, without torch: numpy, ONNX Runtime and the feature extractor.
 
     python examples/run_onnx.py outputs/watch/exported features.npy
-    python examples/run_onnx.py outputs/watch/exported features.npy --threshold 0.3
+    python examples/run_onnx.py outputs/watch/exported outputs/watch/person08_left_0.npy --signal --threshold 0.5
 
-The folder is one that examples/export.py wrote. The features are a .npy file (time, n_in), as the detector was trained on.
+The folder is one that examples/export.py wrote. The features are a .npy file (time, n_in), as the detector was trained on;
+with --signal, raw sensor values (samples, channels), of which windows are cut.
 """
 
 import argparse
@@ -15,9 +16,12 @@ import numpy as np
 from modeling_convtransformer.feature_extraction_convtransformer import ConvTransformerFeatureExtractor
 
 
-def localize(folder: Path, features: Path, threshold: float) -> list[dict]:
+def localize(folder: Path, recording: Path | dict, threshold: float) -> list[dict]:
     """
     Segments in seconds, best first, each with its label and score.
+
+    Args:
+        recording: as the feature extractor takes it, such as `{"signal": path}`.
 
     Raises:
         ValueError: features that the detector cannot use; the message names the file and what to do.
@@ -25,7 +29,7 @@ def localize(folder: Path, features: Path, threshold: float) -> list[dict]:
     import onnxruntime
 
     feature_extractor = ConvTransformerFeatureExtractor.from_pretrained(folder)
-    inputs = feature_extractor(features, return_tensors="np")
+    inputs = feature_extractor(recording, return_tensors="np")
 
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
@@ -52,6 +56,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder written by examples/export.py")
     parser.add_argument("features", type=Path, help=".npy file of features (time, n_in)")
+    parser.add_argument("--signal", action="store_true", help="the file holds raw sensor values (samples, channels)")
     parser.add_argument("--threshold", type=float, default=0.3, help="least score to show (default: 0.3)")
     options = parser.parse_args()
     needed = [options.folder / name for name in ("model.onnx", "config.json", "preprocessor_config.json")]
@@ -59,7 +64,8 @@ def main():
         if not file.is_file():
             parser.error(f"there is no {file}")
     try:
-        segments = localize(options.folder, options.features, options.threshold)
+        recording = {"signal" if options.signal else "features": options.features}
+        segments = localize(options.folder, recording, options.threshold)
     except ModuleNotFoundError as error:
         parser.error(f'{error.name} is not installed: pip install -e ".[export]"')
     except ValueError as error:
