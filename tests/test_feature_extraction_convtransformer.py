@@ -841,7 +841,7 @@ def test_unknown_geometry():
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.5, "4", None])
 def test_bad_feature_size(value):
-    with pytest.raises(ValueError, match="feature_size is "):
+    with pytest.raises(ValueError, match=r"feature_size is |lack feature_size:"):
         make(feature_size=value)
 
 
@@ -2002,9 +2002,10 @@ def test_runs_where_torch_is_not_installed(tmp_path):
     packages.mkdir()
     package.mkdir()
     hidden = ("torch", "functorch", "__editable__", "modeling_convtransformer")
-    for folder in {Path(np.__file__).parents[1], Path(sys.modules["transformers"].__file__).parents[1]}:
+    # (several folders may hold packages, and of two versions the first counts)
+    for folder in [Path(folder) for folder in sys.path if any(Path(folder).glob("*.dist-info"))]:
         for entry in folder.iterdir():
-            if not entry.name.startswith(hidden):
+            if not entry.name.startswith(hidden) and not (packages / entry.name).exists():
                 (packages / entry.name).symlink_to(entry)
     (package / "__init__.py").write_text("")
     for name in ("feature_extraction_convtransformer.py", "configuration_convtransformer.py"):
