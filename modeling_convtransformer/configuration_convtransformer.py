@@ -457,7 +457,8 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
             else:
                 attention = stride * (window // 2) if window > 1 else math.inf
                 block = sides * finer * (self.scale_factor // 2 if level else 1) + attention
-            reach += block * (1 if level else self.arch[1])
+            blocks = 1 if level else self.arch[1]
+            reach += blocks * block if blocks else 0  # (none of global attention: 0 * infinity is not a number)
             reaches.append(reach)
         if self.fpn_type == "fpn":  # what a coarser step brings to a finer one stands up to a stride before it
             reaches = [

@@ -193,7 +193,7 @@ LOCAL = {
     "causal": {"is_causal": True, "mha_win_size": 3},
     "causal_conv_fpn": {"is_causal": True, "backbone_type": "conv", "fpn_type": "fpn"},
     "kernels_5": {"mha_win_size": 3, "n_embd_ks": 5, "head_kernel_size": 5, "head_num_layers": 2},
-    "no_stem": {"mha_win_size": 3, "arch": (1, 0, 2)},
+    "no_stem": {"mha_win_size": [-1, 3, 3], "arch": (1, 0, 2)},  # nothing attends on the finest level
 }
 
 
