@@ -363,6 +363,33 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
         (result[0] if isinstance(result, tuple) else result).validate_architecture()
         return result
 
+    # How the backbone is spread over devices, by name of module (`from_pretrained(distributed_config=...)`). Properties
+    # too: they follow from the fields.
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        """Tensor parallelism: each device has some of the heads and of the MLPs' hidden channels."""
+        if self.backbone_type != "convTransformer":
+            return None
+        plan = {f"attn.{name}_proj": "colwise" for name in ("q", "k", "v")} | {"attn.o_proj": "rowwise"}
+        plan |= {"mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+        if self.use_swiglu:
+            plan["mlp.gate_proj"] = "colwise"
+        parts = [part for part, blocks in (("stem", self.arch[1]), ("branch", self.arch[2])) if blocks]
+        windows = {"stem": self.window_sizes[:1], "branch": self.window_sizes[1:]}
+        whole = {f"{part}.*.{name}": style for part in parts for name, style in plan.items()}
+        for part in parts:
+            if self.use_rel_pe and max(windows[part]) > 1:
+                # One row a head; the attention that adds them sees its own rows.
+                whole |= {f"{part}.*.attn.relative_bias": "colwise", f"{part}.*.attn": "local_params"}
+        return whole
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:
+        """FSDP2: what is gathered as a whole, and freed after use."""
+        parts = [part for part, blocks in (("stem", self.arch[1]), ("branch", self.arch[2])) if blocks]
+        return {"embedding": "free_full_weight"} | {f"{part}.*": "free_full_weight" for part in parts}
+
     # What follows from the fields. Properties, because fields can change after construction
     # (`from_pretrained(folder, n_head=8)`), and because a derived value that is stored can contradict its source.
 
@@ -488,6 +515,7 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_pyramid()
         self._check_loss()
         self.validate_rope()
+        self._check_parallel()
 
     def _check_sizes(self):
         for field, limit in _SIZE_LIMITS.items():
@@ -636,6 +664,31 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
         unknown = [label for label in self.empty_labels if not 0 <= label < self.num_labels]
         if unknown:
             raise ValueError(f"empty_labels has {unknown}, but there are {self.num_labels} classes (id2label).")
+
+    def _check_parallel(self):
+        """`from_pretrained(distributed_config=...)` puts its argument here before it makes the model."""
+        parallel = getattr(self, "distributed_config", None)
+        if (getattr(parallel, "pp_size", None) or 1) > 1:
+            raise ValueError(
+                f"distributed_config has pp_size={parallel.pp_size}, which transformers can do for causal language models "
+                "only; modeling_convtransformer.parallel.Pipeline (examples/train_pipeline_parallel.py) would work."
+            )
+        size = getattr(parallel, "tp_size", None) or 1
+        if size == 1 or parallel.tp_plan == {}:
+            return
+        if self.backbone_type != "convTransformer":
+            raise ValueError(
+                f"distributed_config has tp_size={size}, but backbone_type {self.backbone_type!r} has no heads and no MLPs "
+                f"to spread over devices; fsdp_size={size} would work."
+            )
+        # Each device has whole heads, and with them the keys and values that they read.
+        heads = math.gcd(self.n_head, self.n_kv_head or self.n_head)
+        if heads % size:
+            most = max(divisor for divisor in range(1, size + 1) if heads % divisor == 0)
+            raise ValueError(
+                f"distributed_config has tp_size={size}, by which n_head {self.n_head} and n_kv_head {self.n_kv_head} (None: "
+                f"as many) must be divisible; tp_size={most} would work, or fsdp_size={size} with any number of heads."
+            )
 
     def validate_rope(self):
         """As in transformers, with the width of an attention head where it looks for `head_dim`."""

@@ -101,7 +101,8 @@ def assign_targets(
     shortest, chosen = lengths.min(dim=-1)
     takes = candidates & (lengths <= shortest[..., None] + _SAME_LENGTH)
     one_hot = F.one_hot(class_labels, num_labels).to(points.dtype)
-    classes = (takes.to(points.dtype) @ one_hot).clamp(max=1)
+    # autocast makes the product half precision: 0 and 1 survive that, but not the smoothing of labels that follows
+    classes = (takes.to(points.dtype) @ one_hot).to(points.dtype).clamp(max=1)
     offsets = torch.stack((to_start, to_end), dim=-1)
     offsets = offsets.take_along_dim(chosen[..., None, None].expand(-1, -1, 1, 2), dim=2).squeeze(2)
     return classes, offsets / strides[None, :, None], candidates
@@ -183,6 +184,9 @@ class ConvTransformerLoss(KeepsDtype):
     positives (`loss_normalizer`, saved with the model; updated in training before it is used, as in v1). When
     `torch.distributed` runs, positives are counted over all processes and the loss is scaled such that the average
     over processes, which is what data-parallel training takes, is the loss of the global batch.
+
+    `batch_copies` is the number of processes that work on the same batch: those of tensor parallelism, or the stages of
+    a pipeline. They count it once, and average nothing.
     """
 
     def __init__(self, config):
@@ -194,6 +198,8 @@ class ConvTransformerLoss(KeepsDtype):
         self.label_smoothing = config.label_smoothing
         self.initial_normalizer = float(config.init_loss_norm)
         self.register_buffer("loss_normalizer", torch.tensor(self.initial_normalizer, dtype=torch.float32))
+        # (not in transformers before 5.17, nor outside of `from_pretrained(distributed_config=...)`)
+        self.batch_copies = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
         self.has_warned = False
 
     def forward(
@@ -288,14 +294,16 @@ class ConvTransformerLoss(KeepsDtype):
     @torch.no_grad()
     def update_normalizer(self, num_positives: torch.Tensor) -> tuple[torch.Tensor, int]:
         """The moving number of positives, in training with this batch's (of all processes) in it; and the number of
-        processes."""
-        world_size = 1
+        processes, those with the same batch counted once."""
+        processes = 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world_size = torch.distributed.get_world_size()
+            processes = torch.distributed.get_world_size()
+        world_size = max(processes // self.batch_copies, 1)
         if self.training:
             total = num_positives.clone()
             if world_size > 1:
                 torch.distributed.all_reduce(total)
+                total /= processes // world_size
             moved = _NORMALIZER_MOMENTUM * self.loss_normalizer.float()
             self.loss_normalizer.copy_(moved + (1 - _NORMALIZER_MOMENTUM) * total.clamp(min=1))
         # A copy: the next step changes the buffer in place, perhaps before this step's backward pass.

@@ -14,6 +14,7 @@ https://arxiv.org/abs/2202.07925) is one setting of these classes; what it share
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -206,23 +207,26 @@ class RMSNorm(nn.RMSNorm):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch norm whose statistics count valid steps only."""
+    """Batch norm whose statistics count valid steps only, computed in float32 at least."""
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        mean, var = self.running_mean, self.running_var
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)
         if self.training:
-            filled = zero_padding(x.float(), padding)
+            filled = zero_padding(x.to(dtype), padding)
             valid = x.new_ones(*x.shape[:2], 1) if padding is None else ~padding
             count = valid.float().sum().clamp(min=1)
             mean = filled.sum((0, 1)) / count
             var = zero_padding((filled - mean).square(), padding).sum((0, 1)) / count
             with torch.no_grad():
                 unbiased = var * count / (count - 1).clamp(min=1)
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+                # A step that overflows (mixed precision) is skipped by the scaler: it must not stay in the statistics.
+                share = self.momentum * (mean.isfinite() & unbiased.isfinite()).all()
+                for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
+                    running.lerp_(batch.nan_to_num(0, 0, 0).to(running.dtype), share.to(running.dtype))
                 self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(var + self.eps).to(x.dtype)
-        return (x - mean.to(x.dtype)) * scale + self.bias
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return torch.addcmul(self.bias, x - mean, scale).to(torch.result_type(x, self.weight))
 
 
 class Identity(nn.Identity):
@@ -362,7 +366,7 @@ class PositionTable(nn.Module):
             place = place.clamp(0, self.length - 1)
             below = place.floor().long()
             above = (below + 1).clamp(max=self.length - 1)
-            positions = torch.lerp(table[below], table[above], (place - below)[..., None])
+            positions = torch.lerp(table[below], table[above], (place - below)[..., None].to(table.dtype))
         return x + zero_padding(positions.to(x.dtype).expand_as(x), padding)
 
 
@@ -457,7 +461,8 @@ class ConvTransformerAttention(nn.Module):
         value = self.v_proj(self.value_norm(self.value_conv(hidden_states, padding), out_padding))
         query, key, value = (x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for x in (query, key, value))
         if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
+            # Under autocast the angles' cosines are float32, and some kernels want all three in one dtype.
+            query, key = (rotate(x, *rotary).to(value.dtype) for x in (query, key))
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -474,7 +479,8 @@ class ConvTransformerAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        output = self.dropout(self.o_proj(output.reshape(*output.shape[:2], -1)))
+        # Windows return a slice. A linear layer would copy it anyway; one spread over devices fails.
+        output = self.dropout(self.o_proj(output.reshape(*output.shape[:2], -1).contiguous()))
         return zero_padding(output, out_padding), weights
 
 
@@ -693,51 +699,63 @@ class ConvTransformerModel(ConvTransformerPreTrainedModel):
         """
         valid = self.check_inputs(input_features, attention_mask)
         hidden_states = input_features.to(self.dtype)  # features come as float32, models may be half precision
-        config, batch = self.config, hidden_states.shape[0]
+        hidden_states = self.embedding(hidden_states, None if valid is None else ~valid[..., None])
+        feature_maps, valids = self.run_blocks([hidden_states], valid, **kwargs)
+        feature_masks = [
+            torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if one is None else one.long()
+            for x, one in zip(feature_maps, valids, strict=True)
+        ]
+        return ConvTransformerModelOutput(
+            last_hidden_state=feature_maps[-1], feature_maps=tuple(feature_maps), feature_masks=tuple(feature_masks)
+        )
+
+    def run_blocks(
+        self,
+        feature_maps: list[torch.Tensor],
+        valid: torch.Tensor | None,
+        start: int = 0,
+        stop: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """
+        The blocks number `start` to `stop` (without it), which are those of the stem, then those of the branch. All of
+        them, unless the model is cut into stages of a pipeline.
+
+        Args:
+            feature_maps: the levels so far, finest first, each (batch, time / stride, n_embd); the next block reads the
+                last one. Before the first block, this is the embedding.
+            valid: (batch, time) bool, True = valid; `None` = no padding.
+
+        Returns:
+            the levels after these blocks, and the masks of all levels, `valid` at their strides.
+        """
+        config, feature_maps = self.config, list(feature_maps)
+        x = feature_maps[0]
 
         # Masks once for each level; no padding is no mask at all.
-        lengths, valids = [hidden_states.shape[1]], [valid]
+        lengths, valids = [x.shape[1]], [valid]
         for _ in self.branch:
             # (not -(-a // b), which ONNX divides towards 0)
             lengths.append((lengths[-1] + config.scale_factor - 1) // config.scale_factor)
             valids.append(subsample(valids[-1], config.scale_factor))
         paddings = [None if one is None else ~one[..., None] for one in valids]
 
-        hidden_states = self.embedding(hidden_states, paddings[0])
-
         rotary = [None] * len(lengths)
         if self.rotary_emb is not None:
-            cos, sin = self.rotary_emb(hidden_states, torch.arange(lengths[0], device=hidden_states.device)[None])
+            cos, sin = self.rotary_emb(x, torch.arange(lengths[0], device=x.device)[None])
             rotary = [(cos[:, :length], sin[:, :length]) for length in lengths]
         masks = [
-            make_attention_mask(
-                config._attn_implementation,
-                one,
-                length,
-                window,
-                config.is_causal,
-                hidden_states.dtype,
-                hidden_states.device,
-            )
+            make_attention_mask(config._attn_implementation, one, length, window, config.is_causal, x.dtype, x.device)
             for one, length, window in zip(valids, lengths, config.window_sizes, strict=True)
         ]
 
-        for block in self.stem:
-            hidden_states = block(hidden_states, paddings[0], paddings[0], masks[0], rotary[0], **kwargs)
-        feature_maps = [hidden_states]
-        for level, block in enumerate(self.branch, start=1):
-            hidden_states = block(
-                hidden_states, paddings[level - 1], paddings[level], masks[level], rotary[level], **kwargs
-            )
-            feature_maps.append(hidden_states)
-
-        feature_masks = [
-            torch.ones(batch, length, dtype=torch.long, device=hidden_states.device) if one is None else one.long()
-            for one, length in zip(valids, lengths, strict=True)
-        ]
-        return ConvTransformerModelOutput(
-            last_hidden_state=hidden_states, feature_maps=tuple(feature_maps), feature_masks=tuple(feature_masks)
-        )
+        blocks = [*self.stem, *self.branch]
+        for index, block in list(enumerate(blocks))[start:stop]:
+            level = max(index + 1 - len(self.stem), 0)
+            read = max(level - 1, 0)
+            x = block(feature_maps[-1], paddings[read], paddings[level], masks[level], rotary[level], **kwargs)
+            feature_maps[level:] = [x]
+        return feature_maps, valids
 
     def check_inputs(self, input_features: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """
@@ -945,9 +963,29 @@ class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedMode
         """
         attention_mask = self.model.check_inputs(input_features, attention_mask)
         outputs = self.model(input_features, attention_mask, return_dict=True, **kwargs)
+        valids = [None if attention_mask is None else mask.bool() for mask in outputs.feature_masks]
+        detected = self.detect(outputs.feature_maps, valids, labels, num_items_in_batch)
+        detected.hidden_states, detected.attentions = outputs.hidden_states, outputs.attentions
+        return detected
+
+    def detect(
+        self,
+        feature_maps: Sequence[torch.Tensor],
+        valids: Sequence[torch.Tensor | None],
+        labels: list[dict] | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
+    ) -> ConvTransformerTemporalActionLocalizationOutput:
+        """
+        Neck, heads and loss: what comes after the pyramid.
+
+        Args:
+            feature_maps: the levels, finest first, each (batch, time / stride, n_embd).
+            valids: their masks, each (batch, time / stride) bool, True = valid, or `None` = no padding.
+            labels, num_items_in_batch: as in `forward`.
+        """
         start = self.config.fpn_start_level
-        features, masks = outputs.feature_maps[start:], outputs.feature_masks[start:]
-        paddings = [None if attention_mask is None else (mask == 0)[..., None] for mask in masks]
+        features, valids = feature_maps[start:], valids[start:]
+        paddings = [None if valid is None else ~valid[..., None] for valid in valids]
         features = self.neck(features, paddings)
 
         logits = torch.cat([self.class_head(x, padding) for x, padding in zip(features, paddings, strict=True)], dim=1)
@@ -955,6 +993,10 @@ class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedMode
             [self.segment_head(x, p, level) for level, (x, p) in enumerate(zip(features, paddings, strict=True))],
             dim=1,
         )
+        masks = [
+            torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if valid is None else valid.long()
+            for x, valid in zip(features, valids, strict=True)
+        ]
         point_mask = torch.cat(masks, dim=1)
         points, strides, levels = self._make_points([x.shape[1] for x in features], offsets.device)
         pred_segments = torch.stack((points - offsets[..., 0] * strides, points + offsets[..., 1] * strides), dim=-1)
@@ -973,8 +1015,6 @@ class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedMode
             pred_segments=pred_segments,
             point_mask=point_mask,
             point_levels=levels.expand(logits.shape[0], -1),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
 
     @torch.no_grad()
