@@ -34,6 +34,10 @@ if is_torch_flex_attn_available():
 # larger blocks waste more products outside the band, smaller ones copy each key more often.
 _MIN_BLOCK = 32
 
+# Steps that an inference looks at together, in windows and MLPs: what these hold beside the sequence is as long as this,
+# however long the sequence is. Enough to keep any device busy.
+CHUNK = 8192
+
 # The size of flex_attention's blocks; its kernels want this one.
 _FLEX_BLOCK = 128
 
@@ -207,10 +211,30 @@ def attend(
     return interface(module, query, key, value, attention_mask, **kwargs)
 
 
+def runs_in_chunks(length: int) -> bool:
+    """Whether a sequence is long enough, and nothing is recorded: neither gradients nor a graph."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return length > CHUNK
+
+
 def attend_in_blocks(module, interface, query, key, value, attention_mask, relative_bias, **kwargs):
     """Windows for a backend that has none: blocks of queries, each with the keys around it, are one large batch."""
     batch, _, length, _ = query.shape
     fold = WindowFold(length, module.window)
+    if runs_in_chunks(length) and CHUNK // fold.size > 2:
+        output = query.new_empty(batch, length, query.shape[1], value.shape[-1])
+        count = CHUNK // fold.size - 2
+        for first in range(0, fold.blocks, count):
+            # One more block on either side has all keys that the windows reach; what its own queries see is thrown away.
+            left, right = max(first - 1, 0), min(first + count + 1, fold.blocks)
+            steps = slice(left * fold.size, right * fold.size)
+            pieces = (x[:, :, steps] for x in (query, key, value))
+            mask = attention_mask[:, left:right]
+            piece, _ = attend_in_blocks(module, interface, *pieces, mask, relative_bias, **kwargs)
+            into = output[:, first * fold.size : (first + count) * fold.size]
+            into.copy_(piece[:, (first - left) * fold.size :][:, : into.shape[1]])
+        return output, None
     query = fold.fold_queries(query.transpose(1, 2))
     key, value = fold.fold_keys(key.transpose(1, 2)), fold.fold_keys(value.transpose(1, 2))
     query, key, value = (x.flatten(0, 1).transpose(1, 2) for x in (query, key, value))

@@ -16,6 +16,7 @@ https://arxiv.org/abs/2202.07925) is one setting of these classes; what it share
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import nn
@@ -31,7 +32,14 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_convtransformer import attend, check_attention_backend, eager_attention_forward, make_attention_mask
+from .attention_convtransformer import (
+    CHUNK,
+    attend,
+    check_attention_backend,
+    eager_attention_forward,
+    make_attention_mask,
+    runs_in_chunks,
+)
 from .configuration_convtransformer import ConvTransformerConfig
 from .loss_convtransformer import ConvTransformerLoss, KeepsDtype
 from .model_card_convtransformer import ModelCardMixin
@@ -323,7 +331,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """
     half = x.shape[-1] // 2
     sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)  # small: one for all samples and heads
-    return torch.addcmul(x * cos[:, None], x.roll(half, dims=-1), sin[:, None])
+    return (x * cos[:, None]).addcmul_(x.roll(half, dims=-1), sin[:, None])
 
 
 def sinusoidal_positions(length: int, width: int, device: torch.device) -> torch.Tensor:
@@ -456,13 +464,9 @@ class ConvTransformerAttention(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = self.q_proj(self.query_norm(self.query_conv(hidden_states, padding), out_padding))
-        key = self.k_proj(self.key_norm(self.key_conv(hidden_states, padding), out_padding))
-        value = self.v_proj(self.value_norm(self.value_conv(hidden_states, padding), out_padding))
-        query, key, value = (x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for x in (query, key, value))
-        if rotary is not None:
-            # Under autocast the angles' cosines are float32, and some kernels want all three in one dtype.
-            query, key = (rotate(x, *rotary).to(value.dtype) for x in (query, key))
+        query = self._heads(self.q_proj(self.query_norm(self.query_conv(hidden_states, padding), out_padding)), rotary)
+        key = self._heads(self.k_proj(self.key_norm(self.key_conv(hidden_states, padding), out_padding)), rotary)
+        value = self._heads(self.v_proj(self.value_norm(self.value_conv(hidden_states, padding), out_padding)))
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -521,7 +525,7 @@ class ConvTransformerBlock(GradientCheckpointingLayer):
         )
         skipped = zero_padding(self.pool_skip(hidden_states, padding), out_padding)
         hidden_states = self.drop_path_attn(skipped, attended)
-        update = zero_padding(self.mlp(self.ln2(hidden_states, out_padding)), out_padding)
+        update = zero_padding(self._run_mlp(hidden_states, out_padding), out_padding)
         return self.drop_path_mlp(hidden_states, update)
 
 
@@ -533,10 +537,17 @@ class ConvBlock(GradientCheckpointingLayer):
         width = config.n_embd
         self.conv1 = MaskedConv1d(config, width, 2 * width, 3, stride)
         self.conv2 = MaskedConv1d(config, 2 * width, width, 3)
+        del query, key, value  # of a long recording, most of what is held
         self.downsample = MaskedConv1d(config, width, width, 1, stride) if stride > 1 else Identity()
 
     def forward(self, hidden_states: torch.Tensor, padding=None, out_padding=None, *args, **kwargs) -> torch.Tensor:
         """Shapes as in `ConvTransformerBlock`; attention's arguments are not used."""
+    def _heads(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """(batch, time, channels) to (batch, heads, time, channels of a head), turned by the angles of `rotary`."""
+        x = x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        # Under autocast cosines are float32 and projections are not; kernels want all of them in one dtype.
+        return x if rotary is None else rotate(x, *rotary).to(x.dtype)
+
         output = F.relu(self.conv1(hidden_states, padding))
         output = self.conv2(output, out_padding)
         return F.relu(output + self.downsample(hidden_states, padding))
@@ -578,6 +589,15 @@ class ConvTransformerEmbedding(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+    def _run_mlp(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        if not runs_in_chunks(x.shape[1]):
+            return self.mlp(self.ln2(x, padding))
+        update = torch.empty_like(x)
+        paddings = repeat(None) if padding is None else padding.split(CHUNK, dim=1)
+        for into, piece, one in zip(update.split(CHUNK, dim=1), x.split(CHUNK, dim=1), paddings, strict=False):
+            into.copy_(self.mlp(self.ln2(piece, one)))
+        return update
+
 # Models
 
 
@@ -698,9 +718,10 @@ class ConvTransformerModel(ConvTransformerPreTrainedModel):
             ValueError: shapes that do not fit.
         """
         valid = self.check_inputs(input_features, attention_mask)
-        hidden_states = input_features.to(self.dtype)  # features come as float32, models may be half precision
-        hidden_states = self.embedding(hidden_states, None if valid is None else ~valid[..., None])
-        feature_maps, valids = self.run_blocks([hidden_states], valid, **kwargs)
+        padding = None if valid is None else ~valid[..., None]
+        # Features come as float32, models may be half precision. No name for the embedding: the blocks let go of it.
+        feature_maps = [self.embedding(input_features.to(self.dtype), padding)]
+        feature_maps, valids = self.run_blocks(feature_maps, valid, **kwargs)
         feature_masks = [
             torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if one is None else one.long()
             for x, one in zip(feature_maps, valids, strict=True)
@@ -723,14 +744,13 @@ class ConvTransformerModel(ConvTransformerPreTrainedModel):
 
         Args:
             feature_maps: the levels so far, finest first, each (batch, time / stride, n_embd); the next block reads the
-                last one. Before the first block, this is the embedding.
+                last one. Before the first block, this is the embedding. The list is changed.
             valid: (batch, time) bool, True = valid; `None` = no padding.
 
         Returns:
             the levels after these blocks, and the masks of all levels, `valid` at their strides.
         """
-        config, feature_maps = self.config, list(feature_maps)
-        x = feature_maps[0]
+        config, x = self.config, feature_maps[0]
 
         # Masks once for each level; no padding is no mask at all.
         lengths, valids = [x.shape[1]], [valid]
