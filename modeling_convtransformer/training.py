@@ -146,9 +146,15 @@ class EMACallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.saved_step = None
+        parameters = _parameters(model)
+        if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+            raise ValueError(
+                "EMACallback cannot read the weights that DeepSpeed's ZeRO-3 spreads over processes. Leave it out "
+                "(examples/train.py: --ema_decay 0), or use FSDP2, which spreads them too: examples/accelerate/fsdp2.yaml."
+            )
         self.average = {  # float32 at least: in half precision, steps of 1 - decay would be rounded away
             name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
-            for name, parameter in model.named_parameters()
+            for name, parameter in parameters.items()
             if parameter.requires_grad
         }
         if state.global_step > 0:
@@ -165,7 +171,7 @@ class EMACallback(TrainerCallback):
     @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **kwargs):
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
-        parameters = dict(model.named_parameters())
+        parameters = _parameters(model)
         for name, average in self.average.items():
             average.lerp_(parameters[name].detach().to(average.dtype), 1 - decay)
         self._save_if_due(args, state, control)
@@ -197,7 +203,7 @@ class EMACallback(TrainerCallback):
     @contextmanager
     def weights(self, model: nn.Module) -> Iterator[nn.Module]:
         """`with ema.weights(model):` the model has the averaged weights; afterwards its own again."""
-        parameters = {name: parameter for name, parameter in model.named_parameters() if name in self.average}
+        parameters = {name: parameter for name, parameter in _parameters(model).items() if name in self.average}
         own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         _copy(self.average, parameters)
         self.in_use = True
@@ -205,6 +211,7 @@ class EMACallback(TrainerCallback):
             yield model
         finally:
             self.in_use = False
+            _parameters(model)
             _copy(own, parameters)
 
     def _save_if_due(self, args, state, control):
@@ -213,14 +220,16 @@ class EMACallback(TrainerCallback):
             self._save(args, state)
 
     def _save(self, args, state):
+        # All processes: a tensor that is spread over them is put together by all.
+        average = {name: _whole(tensor) for name, tensor in self.average.items()}
+        self.saved_step = state.global_step
         if not state.is_world_process_zero:
             return
         folder = _checkpoint_folder(args.output_dir, state.global_step)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{EMA_NAME}.{os.getpid()}.part"
-        save_file({name: average.contiguous() for name, average in self.average.items()}, path)
+        save_file({name: tensor.contiguous() for name, tensor in average.items()}, path)
         path.replace(folder / EMA_NAME)
-        self.saved_step = state.global_step
 
     def _read(self, checkpoint: Path):
         _copy(_read_ema(checkpoint, self.average), self.average)
@@ -234,15 +243,35 @@ def load_ema(model: PreTrainedModel, checkpoint: str | os.PathLike) -> PreTraine
         FileNotFoundError: the folder has no `ema.safetensors`.
         ValueError: the file is not of this model.
     """
-    parameters = dict(model.named_parameters())
+    parameters = _parameters(model)
     _copy(_read_ema(Path(checkpoint), parameters), parameters)
     return model
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name, as the optimizer has them. FSDP2 puts whole ones in their place while they are used, and
+    those of the outermost module stay there after an evaluation."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    return dict(model.named_parameters())
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a tensor that FSDP2 or tensor parallelism spreads over processes, all of it; to be called on all processes."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @torch.no_grad()
 def _copy(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]):
     for name, tensor in source.items():
-        target[name].copy_(tensor)
+        own = target[name]
+        if hasattr(own, "placements") and not hasattr(tensor, "placements"):
+            # Every process has read the same file, and keeps its part.
+            from torch.distributed.tensor import distribute_tensor  # not in every build of PyTorch
+
+            tensor = distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+        own.copy_(tensor)
 
 
 def _read_ema(checkpoint: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
