@@ -131,11 +131,11 @@ def attention(module, query, key, value, attention_mask, scaling: float, **kwarg
     return output.transpose(1, 2), None
 
 
-def convolve(conv: MaskedConv1d, x: torch.Tensor) -> torch.Tensor:
+def convolve(conv: MaskedConv1d, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     """One-dimensional: images of height 1 make the tracer ask whether batch or time are 1 too."""
-    return F.conv1d(
-        x.transpose(1, 2), conv.weight, conv.bias, conv.stride, conv.padding, groups=conv.groups
-    ).transpose(1, 2)
+    return F.conv1d(x.transpose(1, 2), kernel, conv.bias, conv.stride, conv.padding, groups=conv.groups).transpose(
+        1, 2
+    )
 
 
 AttentionInterface.register("exported_sdpa", attention)

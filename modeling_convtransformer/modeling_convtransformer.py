@@ -132,6 +132,38 @@ def subsample(mask: torch.Tensor | None, stride: int) -> torch.Tensor | None:
     return mask if mask is None or stride == 1 else mask[:, ::stride]
 
 
+def dequantized(weight: torch.Tensor) -> torch.Tensor:
+    """A weight that torchao stores in 8 or 4 bits, in floating point; any other as it is."""
+    if not hasattr(weight, "qdata"):
+        return weight
+    if not is_packed(weight):
+        return weight.dequantize()
+    # Two values a byte, the earlier one in the lower half; scale and zero point are (groups of a row, rows).
+    low, high = weight.qdata << 4 >> 4, weight.qdata >> 4
+    scale, zero_point = (x.t()[..., None] for x in (weight.scale, weight.zero_point))
+    values = torch.stack((low, high), dim=-1).reshape(*scale.shape[:2], -1)
+    return torch.addcmul(zero_point, values.to(scale.dtype), scale).reshape(weight.shape)
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether torchao stores two values of the weight in a byte (`Int4Tensor`)."""
+    return hasattr(weight, "qdata") and weight.qdata.numel() < weight.numel()
+
+
+class PackedLinear(nn.Linear):
+    """What `from_pretrained` makes of a linear layer with such a weight, for which torchao has kernels on some GPUs only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, dequantized(self.weight), self.bias)
+
+
+def compute_with_packed_weights(model: nn.Module):
+    """Lets the linear layers of `model` whose weights are packed compute with them wherever they are."""
+    for module in model.modules():
+        if type(module) is nn.Linear and is_packed(module.weight):
+            module.__class__ = PackedLinear
+
+
 class MaskedConv1d(nn.Conv1d):
     """
     Convolution over time whose padded steps are zero in the output, and in the input too if `mask_conv_inputs`. The
@@ -152,27 +184,52 @@ class MaskedConv1d(nn.Conv1d):
             x = zero_padding(x, padding)
         if self.look_back:
             x = F.pad(x, (0, 0, self.look_back, 0))
-        learns_on_cpu = torch.is_grad_enabled() and x.device.type == "cpu"
-        x = self._sum_taps(x) if learns_on_cpu and self.groups == self.stride[0] == 1 else self._convolve(x)
+        is_plain = self.groups == self.stride[0] == 1
+        if is_plain and getattr(self.weight, "act_quant_kwargs", None) is not None:
+            x = self._sum_rounded_taps(x)
+        elif is_plain and torch.is_grad_enabled() and x.device.type == "cpu":
+            x = self._sum_taps(x, self.kernel())
+        else:
+            x = self._convolve(x, self.kernel())
         return zero_padding(x, subsample(padding, self.stride[0]))
 
-    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+    def kernel(self) -> torch.Tensor:
+        """The weight to compute with."""
+        return dequantized(self.weight)
+
+    def _convolve(self, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         # (batch, time, channels) in memory is a two-dimensional convolution's channels-last layout for images of
         # height 1: nothing is copied, whereas a one-dimensional convolution turns its input and output around.
-        image, kernel = x.transpose(1, 2).unsqueeze(2), self.weight.unsqueeze(2)
-        image = F.conv2d(image, kernel, self.bias, (1, self.stride[0]), (0, self.padding[0]), groups=self.groups)
+        image = x.transpose(1, 2).unsqueeze(2)
+        image = F.conv2d(
+            image, kernel.unsqueeze(2), self.bias, (1, self.stride[0]), (0, self.padding[0]), groups=self.groups
+        )
         return image.squeeze(2).transpose(1, 2)
 
-    def _sum_taps(self, x: torch.Tensor) -> torch.Tensor:
+    def _sum_taps(self, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         """The same as a sum of matrix products, whose gradients take half the time of a convolution's on the CPU."""
         if self.padding[0]:
             x = F.pad(x, (0, 0, self.padding[0], self.padding[0]))
         batch, steps = x.shape[0], x.shape[1] - self.kernel_size[0] + 1
-        taps = [tap.expand(batch, -1, -1) for tap in self.weight.permute(2, 1, 0).contiguous()]
+        taps = [tap.expand(batch, -1, -1) for tap in kernel.permute(2, 1, 0).contiguous()]
         output = torch.bmm(x[:, :steps], taps[0])
         for place, tap in enumerate(taps[1:], start=1):  # in place, which autocast does not look after
             output.baddbmm_(x[:, place : place + steps].to(output.dtype), tap.to(output.dtype))
         return output if self.bias is None else output + self.bias
+
+    def _sum_rounded_taps(self, x: torch.Tensor) -> torch.Tensor:
+        """The same as a sum of linear layers, for which torchao rounds inputs to 8 bits and multiplies integers."""
+        weight, x = self.weight, F.pad(x, (0, 0, self.padding[0], self.padding[0]))
+        steps = x.shape[1] - self.kernel_size[0] + 1
+        output = 0.0 if self.bias is None else self.bias
+        for place in range(self.kernel_size[0]):
+            values = weight.qdata[..., place].contiguous()
+            scale = weight.scale.expand(-1, -1, self.kernel_size[0])[..., place]
+            tap = type(weight)(
+                values, scale, weight.block_size[:2], weight.dtype, act_quant_kwargs=weight.act_quant_kwargs
+            )
+            output = output + F.linear(x[:, place : place + steps], tap)
+        return output
 
 
 class MaskedMaxPool1d(nn.Module):
@@ -483,9 +540,16 @@ class ConvTransformerAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        del query, key, value  # of a long recording, most of what is held
         # Windows return a slice. A linear layer would copy it anyway; one spread over devices fails.
         output = self.dropout(self.o_proj(output.reshape(*output.shape[:2], -1).contiguous()))
         return zero_padding(output, out_padding), weights
+
+    def _heads(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """(batch, time, channels) to (batch, heads, time, channels of a head), turned by the angles of `rotary`."""
+        x = x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        # Under autocast cosines are float32 and projections are not; kernels want all of them in one dtype.
+        return x if rotary is None else rotate(x, *rotary).to(x.dtype)
 
 
 class ConvTransformerBlock(GradientCheckpointingLayer):
@@ -528,6 +592,15 @@ class ConvTransformerBlock(GradientCheckpointingLayer):
         update = zero_padding(self._run_mlp(hidden_states, out_padding), out_padding)
         return self.drop_path_mlp(hidden_states, update)
 
+    def _run_mlp(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        if not runs_in_chunks(x.shape[1]):
+            return self.mlp(self.ln2(x, padding))
+        update = torch.empty_like(x)
+        paddings = repeat(None) if padding is None else padding.split(CHUNK, dim=1)
+        for into, piece, one in zip(update.split(CHUNK, dim=1), x.split(CHUNK, dim=1), paddings, strict=False):
+            into.copy_(self.mlp(self.ln2(piece, one)))
+        return update
+
 
 class ConvBlock(GradientCheckpointingLayer):
     """Residual block of two convolutions: v1's backbone without attention (`backbone_type="conv"`)."""
@@ -537,17 +610,10 @@ class ConvBlock(GradientCheckpointingLayer):
         width = config.n_embd
         self.conv1 = MaskedConv1d(config, width, 2 * width, 3, stride)
         self.conv2 = MaskedConv1d(config, 2 * width, width, 3)
-        del query, key, value  # of a long recording, most of what is held
         self.downsample = MaskedConv1d(config, width, width, 1, stride) if stride > 1 else Identity()
 
     def forward(self, hidden_states: torch.Tensor, padding=None, out_padding=None, *args, **kwargs) -> torch.Tensor:
         """Shapes as in `ConvTransformerBlock`; attention's arguments are not used."""
-    def _heads(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """(batch, time, channels) to (batch, heads, time, channels of a head), turned by the angles of `rotary`."""
-        x = x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
-        # Under autocast cosines are float32 and projections are not; kernels want all of them in one dtype.
-        return x if rotary is None else rotate(x, *rotary).to(x.dtype)
-
         output = F.relu(self.conv1(hidden_states, padding))
         output = self.conv2(output, out_padding)
         return F.relu(output + self.downsample(hidden_states, padding))
@@ -589,15 +655,6 @@ class ConvTransformerEmbedding(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-    def _run_mlp(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        if not runs_in_chunks(x.shape[1]):
-            return self.mlp(self.ln2(x, padding))
-        update = torch.empty_like(x)
-        paddings = repeat(None) if padding is None else padding.split(CHUNK, dim=1)
-        for into, piece, one in zip(update.split(CHUNK, dim=1), x.split(CHUNK, dim=1), paddings, strict=False):
-            into.copy_(self.mlp(self.ln2(piece, one)))
-        return update
-
 # Models
 
 
@@ -647,6 +704,7 @@ class ConvTransformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
         """As in transformers; the model remembers which weights the checkpoint lacked, until it is trained."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model.untrained_weights = frozenset(info["missing_keys"])
+        compute_with_packed_weights(model)
         return (model, info) if output_loading_info else model
 
     def train(self, mode: bool = True):
