@@ -223,7 +223,8 @@ def make_parts(units: Iterable[list[dict]], part_steps: int) -> Iterator[list[di
     """Units one after the other, until a part has `part_steps` steps."""
     part, size = [], 0
     for unit in units:
-        part, size = part + unit, size + sum(max(1, one["steps"]) for one in unit)
+        part.extend(unit)
+        size += sum(max(1, one["steps"]) for one in unit)
         if size >= part_steps:
             yield part
             part, size = [], 0
@@ -297,7 +298,7 @@ class Localizer:
 
     Args:
         job: `model`, `revision`, `fingerprint`, `device`, `dtype`, `threads`, `output`, `kind`, `batch_steps`, `window`,
-            `settings` (of post-processing).
+            `settings` (of post-processing), `id_column`.
         localize: the pipeline, if it is there already.
 
     Raises:
@@ -316,8 +317,8 @@ class Localizer:
                 "machines, or give a --revision."
             )
         self.seconds = Counter()
-        self.localize.model.register_forward_pre_hook(lambda *_: self._clock(-1))
-        self.localize.model.register_forward_hook(lambda *_: self._clock(+1))
+        self.localize.model.register_forward_pre_hook(lambda *_: self._begin_forward())
+        self.localize.model.register_forward_hook(lambda *_: self._end_forward())
 
     def __call__(self, part: dict) -> dict:
         """
@@ -335,7 +336,7 @@ class Localizer:
                 self._run_alone(part["recordings"], log) if log.count > ATTEMPTS else self._run(part["recordings"])
             )
             self.seconds |= {"total": time.perf_counter() - started, "cpu": time.process_time() - cpu}
-            failed = sum(row["error"] is not None for row in results)
+            failed = sum("error" in row for row in results)
             known = {"recordings": len(results), "failed": failed, "ended": time.time(), "stages": self.seconds}
             table = pa.Table.from_pylist(sorted(results, key=lambda row: row["id"]), schema=OUTPUT)
             write_parquet(table.replace_schema_metadata({METADATA: json.dumps(known)}), path)
@@ -351,9 +352,8 @@ class Localizer:
                 loaded = following.result()
                 if index + 1 < len(batches):
                     following = reader.submit(self._read, batches[index + 1], tables)
-                good = [one for one in loaded if not isinstance(one[1], Exception)]
-                found = dict(zip((one["id"] for one, _ in good), self._localize([s for _, s in good]), strict=True))
-                rows += [self._row(one, sample, found.get(one["id"], sample)) for one, sample in loaded]
+                found = iter(self._localize([sample for _, sample in loaded if not isinstance(sample, str)]))
+                rows += [self._row(one, s, s if isinstance(s, str) else next(found)) for one, s in loaded]
         return rows
 
     def _run_alone(self, recordings: list[dict], log: "Attempts") -> list[dict]:
@@ -361,8 +361,8 @@ class Localizer:
         rows = []
         for one in recordings:
             if log.deaths(one["id"]) >= ATTEMPTS:
-                error = RuntimeError(
-                    f"the process died {ATTEMPTS} times while it worked on this recording alone, likely out of memory. Give "
+                error = (
+                    f"The process died {ATTEMPTS} times while it worked on this recording alone, likely out of memory. Give "
                     "--window, or a machine with more memory, and --retry_failed."
                 )
                 rows.append(self._row(one, error, error))
@@ -372,37 +372,39 @@ class Localizer:
             log.end(one["id"])
         return rows
 
-    def _read(self, batch: list[dict], tables: dict) -> list[tuple[dict, dict | Exception]]:
+    def _read(self, batch: list[dict], tables: dict) -> list[tuple[dict, dict | str]]:
         """Each recording as a sample, checked, or what is wrong with it."""
         started, loaded = time.perf_counter(), []
         for one in batch:
             try:
-                geometry = {name: one[name] for name in GEOMETRY if one.get(name) is not None}
-                values, name = (one["file"], one["file"]) if one.get("row") is None else (None, one["id"])
-                if values is None:
-                    width = value_width(
-                        self.localize.feature_extractor,
-                        self.job["kind"],
-                        geometry.get("num_frames", self.localize.feature_extractor.num_frames),
-                    )
-                    values = to_array(self._table(one, tables)[one["row"]], max(1, width))
+                geometry = {name: one[name] for name in GEOMETRY if one[name] is not None}
+                values = one["file"] if one["row"] is None else self._read_row(one, geometry, tables)
+                name = one["file"] if one["row"] is None else one["id"]
                 sample = {self.job["kind"]: values, **geometry}
                 features, geometry = self.localize.feature_extractor.load(sample, name)
                 loaded.append((one, {"features": features, **geometry}))
             except Exception as error:  # one bad recording costs itself, not its batch and not the job
-                loaded.append((one, error))
+                loaded.append((one, describe(error)))
         self.seconds["read"] += time.perf_counter() - started
         return loaded
 
-    def _table(self, recording: dict, tables: dict) -> pa.Array:
-        """The row group that a recording stands in; all recordings of a row group belong to one part."""
-        key = (recording["file"], recording["row_group"])
+    def _read_row(self, recording: dict, geometry: dict, tables: dict) -> np.ndarray:
+        """From a row group, which is read once: all of its recordings belong to one part."""
+        key, row = (recording["file"], recording["row_group"]), recording["row"]
         if key not in tables:
             with pq.ParquetFile(key[0]) as file:
-                tables[key] = _column(file, key[1], self.job["kind"])
-        return tables[key]
+                tables[key] = [_column(file, key[1], name) for name in (self.job["id_column"], self.job["kind"])]
+        ids, column = tables[key]
+        if row >= len(ids) or str(ids[row].as_py()) != recording["id"]:
+            raise ValueError(
+                f"{key[0]} has changed since the job was planned: row {row} of row group {key[1]} is another one. Give a new "
+                "OUTPUT."
+            )
+        extractor = self.localize.feature_extractor
+        width = value_width(extractor, self.job["kind"], geometry.get("num_frames", extractor.num_frames))
+        return to_array(column[row], max(1, width))
 
-    def _localize(self, samples: list[dict]) -> list[list[dict] | Exception]:
+    def _localize(self, samples: list[dict]) -> list[list[dict] | str]:
         """Segments of each sample; if their batch fails, one by one, and then what went wrong."""
         if not samples:
             return []
@@ -414,25 +416,27 @@ class Localizer:
         except FATAL:
             raise
         except Exception as error:
-            return [error] if len(samples) == 1 else [self._localize([one])[0] for one in samples]
+            failure = describe(error)  # only its words: an exception holds the tensors of its batch in memory
         finally:
             self.seconds["pipeline"] += time.perf_counter() - started
+        return [failure] if len(samples) == 1 else [self._localize([one])[0] for one in samples]
 
-    def _row(self, recording: dict, sample: dict | Exception, found: list[dict] | Exception) -> dict:
+    def _row(self, recording: dict, sample: dict | str, found: list[dict] | str) -> dict:
         row = {"id": recording["id"], "model": self.job["fingerprint"]}
-        if not isinstance(sample, Exception):
+        if not isinstance(sample, str):
             steps, end = len(sample["features"]), sample["duration"]
             if end is None:
                 end = ((steps - 1) * sample["feature_stride"] + sample["num_frames"]) / sample["fps"]
             row |= {"steps": steps, "seconds": end}
-        if isinstance(found, Exception):
-            return {**row, "error": f"{type(found).__name__}: {found}"}
-        return {**row, "segments": found, "error": None}
+        return {**row, "error": found} if isinstance(found, str) else {**row, "segments": found}
 
-    def _clock(self, sign: int):
+    def _begin_forward(self):
+        self.forward_began = time.perf_counter()
+
+    def _end_forward(self):
         if self.localize.device.type == "cuda":  # whose calls return before their work is done
             torch.cuda.synchronize(self.localize.device)
-        self.seconds["forward"] += sign * time.perf_counter()
+        self.seconds["forward"] += time.perf_counter() - self.forward_began
 
     @property
     def _is_exact(self) -> bool:
@@ -467,6 +471,10 @@ def make_batches(
             batches.append([one])
         last = own
     return batches
+
+
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 class Attempts:
@@ -581,7 +589,6 @@ def run_ray(job: dict, parts: list[dict], localize, options: argparse.Namespace)
     start = {"num_cpus": (options.num_actors or max(1, os.cpu_count() // cpus)) * cpus, "include_dashboard": False}
     start |= {"object_store_memory": 200 * 2**20}  # results do not pass through it
     ray.init(address=options.address, log_to_driver=False, logging_level="ERROR", **(start if own else {}))
-    python_logging.getLogger("ray.data").setLevel("ERROR")
     try:
         there = ray.cluster_resources()
         per = {"CPU": cpus, **({"GPU": options.gpus_per_actor} if options.gpus_per_actor else {})}
@@ -595,6 +602,7 @@ def run_ray(job: dict, parts: list[dict], localize, options: argparse.Namespace)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.max_consecutive_actor_init_deaths = 10  # killed while it loads the model is killed, too
+        python_logging.getLogger("ray.data._internal.execution").setLevel("ERROR")
         # A block is what is retried; beyond some thousands, blocks cost more than doing a part's neighbours twice, which
         # are skipped where they are done.
         items = ray.data.from_items(parts, override_num_blocks=min(len(parts), 4096))
@@ -606,6 +614,10 @@ def run_ray(job: dict, parts: list[dict], localize, options: argparse.Namespace)
             num_gpus=options.gpus_per_actor or None,
         )
         yield from done.iter_rows()
+    except ray.exceptions.RayError as error:
+        raise ValueError(
+            f"Ray stopped the job: {str(error).strip().splitlines()[-1]}. What is done stays; the same command goes on."
+        ) from error
     finally:
         ray.shutdown()
 
@@ -673,7 +685,8 @@ def verify(output: Path, parts: dict[str, list[dict]]) -> tuple[dict[str, str], 
             problems.append(f"{path.name} cannot be read ({error}); remove it and run again")
             continue
         seen.update(table["id"].to_pylist())
-        errors |= {row["id"]: row["error"] for row in table.to_pylist() if row["error"] is not None}
+        failed = table.filter(pc.is_valid(table["error"]))
+        errors |= dict(zip(failed["id"].to_pylist(), failed["error"].to_pylist(), strict=True))
     planned = Counter(one["id"] for recordings in parts.values() for one in recordings)
     for word, names in (
         ("missing", planned - seen),
@@ -762,7 +775,10 @@ def run(options: argparse.Namespace) -> int:
     """
     device = options.device or ("cuda" if options.gpus_per_actor else "cpu")
     job = {
-        **{name: getattr(options, name) for name in ("model", "revision", "dtype", "threads", "kind", "window")},
+        **{
+            name: getattr(options, name)
+            for name in ("model", "revision", "dtype", "threads", "kind", "id_column", "window")
+        },
         "batch_steps": options.batch_steps,
         "settings": options.settings,
         "device": device,
@@ -779,7 +795,7 @@ def run(options: argparse.Namespace) -> int:
     except TypeError as error:
         raise ValueError(f"--settings: {error}") from error
     job["fingerprint"] = fingerprint(localize)
-    manifest = {name: job[name] for name in ("fingerprint", "dtype", "kind", "window", "settings")}
+    manifest = {name: job[name] for name in ("fingerprint", "dtype", "kind", "id_column", "window", "settings")}
     folder = options.output / "_job"  # readers of parquet folders pass over names with an underscore
     with lock(folder):
         check_manifest(folder, {"input": str(options.input.resolve()), **manifest})
@@ -831,6 +847,8 @@ def main():
         status = run(options)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "\nStopped. What is done stays; the same command goes on.\n")
     sys.exit(status)
 
 

@@ -94,6 +94,14 @@ def run_here(*arguments) -> int:
     return batch_inference.run(options)
 
 
+def take(features: Path, folder: Path, count: int) -> Path:
+    """A folder with the first `count` recordings of an evenly named kind, and those that fail."""
+    (folder / "more").mkdir(parents=True)
+    for path in [*sorted((features / "more").glob("*.npy"))[:count], *features.glob("*.npy")]:
+        os.link(path, folder / path.relative_to(features))
+    return folder
+
+
 def start(*arguments) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
@@ -149,6 +157,7 @@ def test_recordings_that_fail_are_rows_with_their_error(reference):
 
 
 def test_a_failing_batch_is_done_one_by_one(model, features, tmp_path, monkeypatch):
+    features = take(features, tmp_path / "in", 30)
     forward = ConvTransformerForTemporalActionLocalization.forward
 
     def fail(self, input_features, **kwargs):
@@ -165,7 +174,9 @@ def test_a_failing_batch_is_done_one_by_one(model, features, tmp_path, monkeypat
 
     monkeypatch.undo()
     assert run_here(model, features, tmp_path / "out", *SIZES, "--retry_failed") == 0
-    assert {row["id"] for row in read(tmp_path / "out").values() if row["error"]} == BAD.keys()
+    assert {row["id"] for row in read(tmp_path / "out").values() if row["error"]} == BAD.keys() & {
+        path.stem for path in features.iterdir()
+    }
 
 
 def test_batches_hold_like_lengths_within_their_budget():
@@ -180,9 +191,10 @@ def test_batches_hold_like_lengths_within_their_budget():
 def test_models_whose_padding_leaks_batch_equal_lengths_only(features, tmp_path):
     """v1's settings: a recording in a batch of others is what it is alone."""
     folder = save_model(tmp_path / "v1", mask_conv_inputs=False, use_rope=False)
+    features = take(features, tmp_path / "in", 40)
     assert run_here(folder, features, tmp_path / "out", *SIZES) == 0
     localize, rows = pipeline("temporal-action-localization", model=str(folder)), read(tmp_path / "out")
-    for name in ("more/recording0", "more/recording3", "more/recording4"):
+    for name in ("more/recording0", "more/recording10", "more/recording100"):
         assert_same_segments(rows[name]["segments"], localize(features / f"{name}.npy"))
 
 
@@ -214,8 +226,9 @@ def wait_for(condition, process, seconds=120):
 
 
 @pytest.mark.slow
-def test_ray_with_workers_killed_twice(model, features, reference, tmp_path):
-    """Two actors, one of which dies in the middle, twice; then the same rows as without Ray, each once."""
+def test_ray_with_a_killed_worker(model, features, reference, tmp_path):
+    """Two actors, one of which dies in the middle of a part; the same rows as without Ray, each once. (Two that die:
+    benchmarks/batch_inference.py. Starting one takes longer than the whole job.)"""
     pytest.importorskip("ray", reason="the Ray engine needs its extra: pip install -e '.[batch]'")
     output, killed = tmp_path / "out", set()
     process = start(model, features, output, *SIZES, "--engine", "ray", "--num_actors", 2)
@@ -232,14 +245,13 @@ def test_ray_with_workers_killed_twice(model, features, reference, tmp_path):
         return False
 
     try:
-        for parts in (2, 4):
-            wait_for(lambda parts=parts: len(list(output.glob("part-*.parquet"))) >= parts and kill_one(), process)
+        wait_for(lambda: len(list(output.glob("part-*.parquet"))) >= 2 and kill_one(), process)
         text = process.communicate(timeout=180)[0]
     finally:
         process.kill()
         process.wait()
     assert process.returncode == 0, text
-    assert len(killed) == 2
+    assert len(killed) == 1
     assert "each of 125 recordings" in text
     assert "5 failed" in text
     assert_same(read(output), reference)
@@ -247,7 +259,7 @@ def test_ray_with_workers_killed_twice(model, features, reference, tmp_path):
 
 def test_a_recording_that_kills_its_process_is_given_up(model, features, tmp_path):
     """Out of memory again and again: after some attempts its part runs one by one, and the culprit is named."""
-    output = tmp_path / "out"
+    output, features = tmp_path / "out", take(features, tmp_path / "in", 30)
     assert run_here(model, features, output, *SIZES) == 0
     part = max(output.glob("part-*.parquet"), key=lambda path: pq.read_metadata(path).num_rows)
     first, *others = sorted(row["id"] for row in pq.read_table(part).to_pylist() if row["error"] is None)
@@ -257,8 +269,8 @@ def test_a_recording_that_kills_its_process_is_given_up(model, features, tmp_pat
     log.write_text("\n".join([*2 * lines, *2 * [f"begin {json.dumps(first)}"]]) + "\n")
     assert run_here(model, features, output, *SIZES) == 0
     rows = read(output)
-    assert len(rows) == 125
-    assert "the process died 2 times" in rows[first]["error"]
+    assert len(rows) == 35
+    assert "The process died 2 times" in rows[first]["error"]
     assert all(rows[name]["segments"] for name in others)
     assert not log.exists()
 
@@ -293,6 +305,18 @@ def test_parquet_in_gives_what_files_give(model, features, reference, tmp_path):
     assert "there is no file" in rows[ids[19]]["error"]
     for one in ids[:19]:
         assert_same_segments(rows[one]["segments"], reference[one]["segments"])
+
+
+def test_a_table_that_changes_under_a_job_is_noticed(model, tmp_path):
+    """Rows are found by their number: those of another table would be given to the wrong recordings."""
+    rng, source, output = np.random.default_rng(0), tmp_path / "table.parquet", tmp_path / "out"
+    values = [rng.normal(size=30 * WIDTH).astype(np.float32) for _ in range(4)]
+    pq.write_table(pa.table({"id": list("abcd"), "features": values}), source, row_group_size=2)
+    assert run_here(model, source, output, "--part_steps", 60) == 0
+    next(path for path in output.glob("part-*") if "a" in pq.read_table(path)["id"].to_pylist()).unlink()
+    pq.write_table(pa.table({"id": list("bacd"), "features": values}), source, row_group_size=2)
+    assert run_here(model, source, output, "--part_steps", 60) == 0
+    assert {name for name, row in read(output).items() if "has changed" in (row["error"] or "")} == {"a", "b"}
 
 
 def test_signals_and_rows_that_fail_in_parquet(model, tmp_path):
