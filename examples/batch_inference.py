@@ -649,12 +649,7 @@ def check_manifest(folder: Path, manifest: dict):
         ValueError: the folder holds the output of other settings; the message says which.
     """
     path = folder / "job.json"
-    if not path.exists():
-        if found := [item.name for item in folder.parent.iterdir() if item != folder]:
-            raise ValueError(
-                f"{folder.parent} holds {len(found)} other things ({found[0]}, ...) and no job of this script; give a new "
-                "folder as OUTPUT."
-            )
+    if not (folder / "plan.parquet").exists():  # nothing has been done yet
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
@@ -773,17 +768,10 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError: input, settings or an output folder that cannot be used.
     """
-    device = options.device or ("cuda" if options.gpus_per_actor else "cpu")
-    job = {
-        **{
-            name: getattr(options, name)
-            for name in ("model", "revision", "dtype", "threads", "kind", "id_column", "window")
-        },
-        "batch_steps": options.batch_steps,
-        "settings": options.settings,
-        "device": device,
-        "output": str(options.output.resolve()),
-    }
+    taken = ("model", "revision", "dtype", "threads", "kind", "id_column", "window", "batch_steps", "settings")
+    job = {name: getattr(options, name) for name in taken}
+    job["device"] = options.device or ("cuda" if options.gpus_per_actor else "cpu")
+    job["output"] = str(options.output.resolve())
     if Path(job["model"]).exists():
         job["model"] = str(Path(job["model"]).resolve())
     if options.engine == "ray" and job["threads"] is None:
@@ -797,6 +785,11 @@ def run(options: argparse.Namespace) -> int:
     job["fingerprint"] = fingerprint(localize)
     manifest = {name: job[name] for name in ("fingerprint", "dtype", "kind", "id_column", "window", "settings")}
     folder = options.output / "_job"  # readers of parquet folders pass over names with an underscore
+    if not folder.exists() and options.output.exists() and (others := sorted(options.output.iterdir())):
+        raise ValueError(
+            f"{options.output} holds {len(others)} other things ({others[0].name}, ...) and no job of this script; give a new "
+            "folder as OUTPUT."
+        )
     with lock(folder):
         check_manifest(folder, {"input": str(options.input.resolve()), **manifest})
         parts = plan(options, folder, localize.feature_extractor)

@@ -380,6 +380,7 @@ def test_other_jobs_in_the_same_folder_are_refused(model, features, tmp_path):
             run_here(model, source, output)
     with pytest.raises(ValueError, match="no job of this script"):
         run_here(model, features, source)
+    assert [path.name for path in source.iterdir()] == ["one.npy"]
 
 
 def test_what_is_wrong_with_the_output_is_said(model, features, tmp_path, capsys):
@@ -402,6 +403,8 @@ def test_bad_input_is_named(model, features, tmp_path, capsys):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match=r"nothing holds 0 \.parquet files and 0 of"):
         run_here(model, tmp_path / "nothing", tmp_path / "out")
+    source = take(features, tmp_path / "in", 1)  # nothing was done there: another INPUT is welcome
+    assert run_here(model, source, tmp_path / "out") == 0
     twins = tmp_path / "twins"
     twins.mkdir()
     os.link(features / "more" / "recording0.npy", twins / "a.npy")
@@ -438,3 +441,10 @@ def test_ray_that_is_not_installed_is_named(model, features, tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"--engine ray needs Ray: pip install .*\[batch\]"):
         run_here(model, features, tmp_path / "out", "--engine", "ray")
+
+
+def test_help_explains_itself(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        batch_inference.parse_arguments(["--help"])
+    assert exit_.value.code == 0
+    assert "python examples/batch_inference.py" in capsys.readouterr().out
