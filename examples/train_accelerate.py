@@ -3,7 +3,8 @@
     python examples/train_accelerate.py configuration/sbhar.yaml --folder data/sbhar
     accelerate launch --num_processes 2 examples/train_accelerate.py configuration/sbhar.yaml --folder data/sbhar
 
-Takes the recipes and options of examples/train.py, as far as the loop below reads them. Writes a checkpoint after each
+Takes the recipes and options of examples/train.py, as far as the loop below reads them. Mixed precision is --bf16 true
+or --fp16 true (float16 on a GPU only), or `accelerate launch --mixed_precision bf16`. Writes a checkpoint after each
 epoch, from which the same command goes on, and at the end the averaged weights and metrics.json.
 """
 
@@ -73,7 +74,11 @@ def main():
         parser.error(one_line(error))
     folder, epochs = Path(options.output_dir), math.ceil(options.num_train_epochs)
 
-    accelerator = Accelerator(gradient_accumulation_steps=options.gradient_accumulation_steps)
+    # None leaves the choice to `accelerate launch` and its config.
+    precision = "bf16" if options.bf16 else "fp16" if options.fp16 else None
+    accelerator = Accelerator(
+        gradient_accumulation_steps=options.gradient_accumulation_steps, mixed_precision=precision, cpu=options.use_cpu
+    )
     collate = DataCollator(feature_extractor)
     loader = DataLoader(train_set, options.per_device_train_batch_size, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=options.learning_rate)
@@ -103,7 +108,8 @@ def main():
                     accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            if accelerator.sync_gradients:
+            # A step whose gradients overflowed in float16 was none.
+            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 schedule.step()
                 average.update_parameters(accelerator.unwrap_model(model))
                 progress.set_postfix(loss=f"{loss.item():.3f}")

@@ -264,6 +264,8 @@ class LayerNorm(nn.LayerNorm):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        # Under autocast the weight is float32 and x may be half precision; fused kernels want one dtype.
+        x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         if x.device.type != "cpu" or x.dtype != torch.float32:
             return super().forward(x)
         # PyTorch's own is one kernel on a GPU, but on the CPU four, with two temporaries of the size of x.

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
@@ -20,6 +21,13 @@ from modeling_convtransformer import (
     ConvTransformerModel,
 )
 from modeling_convtransformer.attention_convtransformer import attend, eager_attention_forward, make_attention_mask
+
+try:  # without accelerate there is no Trainer
+    from test_training import detector, make_trainer
+
+    from modeling_convtransformer.training import EMACallback
+except pytest.skip.Exception:
+    pass
 
 DEVICE = "cuda"
 
@@ -416,6 +424,70 @@ def test_gradients_in_half_precision_are_finite(implementation, forgotten):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
+
+
+class Overflow(TrainerCallback):
+    """Before the step `at`, sets the scale so high that every gradient overflows; writes down what each step left."""
+
+    def __init__(self, trainer, at):
+        self.trainer, self.at = trainer, at
+        self.states, self.scales = [], []
+
+    def _write_down(self, model):
+        optimizer = self.trainer.optimizer.state_dict()["state"]
+        moments = [value for one in optimizer.values() for value in one.values() if torch.is_tensor(value)]
+        self.states.append([tensor.detach().clone() for tensor in [*model.parameters(), *moments]])
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        scaler = self.trainer.accelerator.scaler
+        if len(self.scales) == self.at:
+            scaler.update(new_scale=2.0**60)
+        self._write_down(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        scaler = self.trainer.accelerator.scaler
+        self.scales.append(scaler.get_scale())
+        self._write_down(model)
+        if len(self.scales) == self.at + 1:
+            scaler.update(new_scale=2.0**10)  # not one halving a step
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rms_norm": False, "use_batch_norm": True}], ids=["rms_norm", "batch_norm"]
+)
+def test_trainer_skips_a_step_that_overflows_in_float16(settings, tmp_path):
+    """test_precision.py has the same on the CPU, where Trainer has no float16."""
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate (the train and demo extras)")
+    trainer = make_trainer(
+        tmp_path,
+        model=detector(**settings),
+        use_cpu=False,
+        fp16=True,
+        max_steps=20,
+        optim="adamw_torch",
+        learning_rate=3e-3,
+        max_grad_norm=1.0,
+        per_device_train_batch_size=5,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+    )
+    average, overflow = EMACallback(trainer, 0.9), Overflow(trainer, at=3)
+    trainer.add_callback(average)
+    trainer.add_callback(overflow)
+    trainer.train()
+    before, after = overflow.states[6:8]  # two a step; optimizers have no state before the first
+    assert overflow.scales[3] == 2.0**59
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    for place in (4, 19):  # and those that follow learn again
+        before, after = overflow.states[2 * place : 2 * place + 2]
+        assert any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    for tensors in (dict(trainer.model.named_parameters()), dict(trainer.model.named_buffers()), average.average):
+        for name, tensor in tensors.items():
+            assert tensor.isfinite().all(), name
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention", FLASH])
