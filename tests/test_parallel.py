@@ -330,3 +330,9 @@ def test_average_of_weights_that_deepspeed_spreads_is_refused(tmp_path):
     trainer.add_callback(EMACallback(trainer))
     with pytest.raises(ValueError, match=r"--ema_decay 0\), or use FSDP2"):
         trainer.train()
+
+
+def test_benchmark_says_what_it_expects(capsys):
+    with pytest.raises(SystemExit):
+        parallel.main(["--steps", "0"])
+    assert "expect integers of at least 1" in "".join(capsys.readouterr())
