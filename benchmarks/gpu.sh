@@ -6,7 +6,8 @@
 # V1_PATH is a clone of ActionFormer's official code ("" for none); JSON files, plots and what each step printed land in
 # OUT_DIR (outputs/gpu). A step that fails or takes too long says so, and the rest goes on. The environment may change
 # DEVICE (cuda), LENGTH (2048: that of the backbone; the others follow), BUDGET (470 seconds in all), PYTHON (python3) and
-# OPTIONS (more options of the commands, such as "--n-in 16 --n-embd 32" for a trial).
+# OPTIONS (more options of the commands, such as "--n-in 16 --n-embd 32" for a trial). With SBHAR, the folder of that data set,
+# loss curves in float32, bfloat16 and float16 come last.
 set -u
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 V1=${1:-}
@@ -50,7 +51,7 @@ bench() {
     local name=$1 limit=$2 script=$3
     shift 3
     local files=(--json "$OUT/$name.json")
-    "$PYTHON" -c "import matplotlib" 2>/dev/null && files+=(--plot "$OUT/$name.png")
+    [ "$script" != longest_input ] && "$PYTHON" -c "import matplotlib" 2>/dev/null && files+=(--plot "$OUT/$name.png")
     step "$name" "$limit" "$PYTHON" "benchmarks/$script.py" --device "$DEVICE" ${V1:+--v1 "$V1"} "${files[@]}" "$@" \
         "${MORE[@]}"
 }
@@ -69,10 +70,14 @@ step cuda_tests 60 "$PYTHON" -c "import harness, pytest, sys; sys.exit(pytest.ma
 bench scaling 120 scaling --dtype bfloat16 --windows 19 0 --repeats 3 \
     --lengths "$LENGTH" "$((8 * LENGTH))" "$((128 * LENGTH))" \
     --global-max-length "$((8 * LENGTH))" --v1-max-length "$((8 * LENGTH))"
+bench longest_input 60 longest_input --variants v1_compatible balanced --memory-gb 4 --global-max-length 131072 \
+    --max-length 262144
 bench detector_compiled 90 latency --model detector --batch 1 --length "$THUMOS" --variants "$V2" --dtype bfloat16 \
     --compile off reduce-overhead
 bench backends 60 latency --length "$LENGTH" --variants balanced --dtype bfloat16 \
     --backends sdpa flash_attention_2 flex_attention
+[ -z "${SBHAR:-}" ] || step precision 120 "$PYTHON" benchmarks/precision.py "$SBHAR" --output "$OUT/precision" \
+    --json "$OUT/precision.json" --num_train_epochs 10
 
 echo
 echo "All done in ${SECONDS} s: $OUT"

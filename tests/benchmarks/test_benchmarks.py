@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,7 +25,9 @@ sys.path.insert(0, str(BENCHMARKS))
 import cases
 import harness
 import latency
+import longest_input
 import official
+import precision
 import training_step
 
 COMMANDS = {name: importlib.import_module(name).main for name in ("latency", "training_step", "scaling", "nms", "map")}
@@ -122,6 +125,47 @@ def test_latency_reports_lower_precision_and_what_is_not_available(tmp_path, cap
         assert by_name[dtype, "no_such_backend"]["problem"].startswith("not available: ")
     printed = rows_of(capsys.readouterr().out)
     assert [bool(row["remark"]) for row in printed] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(("longest", "limit"), [(50_000, 1000), (3000, 1000), (4096, 10_000)])
+def test_search_ends_within_the_tolerance(longest, limit):
+    """Memory is 100 MB and what grows with the square of the length, in all as much as the limit at `longest`."""
+
+    def measure(length):
+        return 100 + (limit - 100) * (length / longest) ** 2
+
+    done, found = longest_input.search(measure, limit, 4096, 2**20, 0.05)
+    assert longest / 1.05 - longest_input.STEP < found <= longest
+    assert any(measure(length) > limit for length in done if length <= 1.05 * found + longest_input.STEP)
+    assert len(done) < 12
+
+
+def test_search_does_not_go_beyond_the_longest_that_is_asked_for():
+    assert longest_input.search(lambda length: 1.0, 10, 4096, 10_000, 0.05)[1] == 9984
+    assert longest_input.search(lambda length: math.inf, 10, 4096, 10_000, 0.05)[1] == 0
+
+
+@pytest.mark.slow
+def test_longest_input(tmp_path):
+    arguments = [*TINY[:-1], "--variants", "balanced", "--windows", 0, 19, "--start", 256, "--max-length", 512]
+    result = run("longest_input.py", *arguments, "--json", "a.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = read(tmp_path / "a.json")
+    assert [row["window"] for row in rows] == ["global", "19"]
+    assert [row["longest"] for row in rows_of(result.stdout)] == [">= 512", ">= 512"]
+    assert all(row["length"] == 512 and row["is_bound"] for row in rows)
+    assert all(100 < row["total_mb"] < 4096 for row in rows)
+
+
+def test_precision_needs_data_and_a_device_for_float16(tmp_path, capsys):
+    for arguments, message in (
+        ([str(tmp_path / "missing")], "is no folder"),
+        ([str(tmp_path), "--precisions", "float16", "--device", "cpu"], "float16 trains on a GPU only"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            precision.main(arguments)
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
