@@ -47,6 +47,7 @@ from modeling_convtransformer.data import (
     load_sbhar,
 )
 from modeling_convtransformer.evaluation import DetectionMetrics, evaluate_detections
+from modeling_convtransformer.quantization import prepare_qat, quantize
 from modeling_convtransformer.training import (
     EMACallback,
     TemporalActionTrainer,
@@ -66,6 +67,13 @@ class ModelArguments:
     )
     set: list[str] = field(
         default_factory=list, metadata={"help": "fields of the model's config, such as n_embd=256 arch=[2,2,4]"}
+    )
+    qat: Literal["int8", "int8_dynamic", "int4", "float8", "ternary"] | None = field(
+        default=None,
+        metadata={
+            "help": "quantization-aware training: train as if quantized so (a few epochs from --checkpoint at a low learning "
+            "rate); the quantized model goes to a folder of this name in --output_dir"
+        },
     )
     license: str | None = field(
         default=None, metadata={"help": "of the model, for its card: an identifier of the Hub's, such as apache-2.0"}
@@ -140,7 +148,17 @@ class Usage(Exception):
 
 
 # And what the package, transformers and the YAML reader raise for the same reason.
-MENDABLE = (Usage, OSError, KeyError, TypeError, ValueError, ConversionError, StrictDataclassError, yaml.YAMLError)
+MENDABLE = (
+    Usage,
+    ImportError,
+    OSError,
+    KeyError,
+    TypeError,
+    ValueError,
+    ConversionError,
+    StrictDataclassError,
+    yaml.YAMLError,
+)
 
 
 def one_line(error: Exception) -> str:
@@ -429,6 +447,8 @@ def main():
         feature_extractor = make_feature_extractor(recipe, model_options.checkpoint)
         train_set, val_set, names = load_datasets(data_options, feature_extractor, training.seed)
         model = make_model(recipe, model_options, names)
+        if model_options.qat is not None:
+            prepare_qat(model, model_options.qat)
         given, taken = feature_extractor.feature_size, sum(model.config.stream_widths)
         if given != taken:
             raise Usage(f"features have {given} channels (feature_size), but the model takes {taken} (n_in)")
@@ -473,6 +493,12 @@ def main():
         trainer.push_to_hub(**card) if training.push_to_hub else trainer.create_model_card(**card)
     if training.should_save:
         print(f"\nmodel: {folder}")
+        if model_options.qat is not None:
+            # What was saved is in full precision, and evaluated as if it were not.
+            model = ConvTransformerForTemporalActionLocalization.from_pretrained(folder)
+            quantize(model, model_options.qat).save_pretrained(folder / model_options.qat)
+            feature_extractor.save_pretrained(folder / model_options.qat)
+            print(f"quantized: {folder / model_options.qat}")
 
 
 if __name__ == "__main__":

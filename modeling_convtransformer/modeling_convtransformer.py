@@ -707,6 +707,9 @@ class ConvTransformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model.untrained_weights = frozenset(info["missing_keys"])
         compute_with_packed_weights(model)
+        if getattr(model, "quantization_method", None) == "torchao":
+            # transformers 5.23 wants to undo how it read torchao's tensors when they are saved again, and cannot.
+            model._weight_conversions = None
         return (model, info) if output_loading_info else model
 
     def train(self, mode: bool = True):

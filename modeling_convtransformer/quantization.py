@@ -11,6 +11,7 @@ a model. Norms, biases, scales and position tables keep their precision.
 are rounded with ranges that were measured on recordings. docs/quantization.md says what each costs and is worth.
 """
 
+import importlib.util
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -87,7 +88,7 @@ def quantize(model: PreTrainedModel, method: str, keep: Sequence[str] = ()) -> P
         raise RuntimeError(
             '"float8_dynamic" needs a GPU of compute capability 8.9 or later; "float8" runs everywhere.'
         )
-    for module, store in _targets(model, method, keep):
+    for module, store in [*_targets(model, method, keep)]:
         module.weight = nn.Parameter(store(module.weight.detach()), requires_grad=False)
     compute_with_packed_weights(model)
     # What from_pretrained says of a model that it quantized, which save_pretrained asks for.
@@ -109,6 +110,8 @@ def _check_unquantized(model: PreTrainedModel):
 
 def _describe(method: str, keep: Sequence[str]) -> TorchAoConfig:
     """What config.json says of it, in torchao's terms."""
+    if importlib.util.find_spec("torchao") is None:
+        raise ImportError('Quantization needs torchao: pip install "modeling-convtransformer[quantization]"')
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         Float8WeightOnlyConfig,
@@ -338,7 +341,7 @@ def quantize_static(model: PreTrainedModel, recordings: Iterable[torch.Tensor]) 
 
         torch.export.save(quantize_static(detector, recordings), "detector_int8.pt2")
         detector = torch.compile(torch.export.load("detector_int8.pt2").module())  # without compiling, slower than float32
-        outputs = detector(input_features)  # (1, time, n_in), any time
+        outputs = detector(input_features)  # (1, time, n_in), any time above the coarsest stride
         feature_extractor.post_process_temporal_action_localization(outputs)
 
     A program needs neither this package nor transformers, but is not what `from_pretrained` loads: checkpoints of
@@ -364,11 +367,12 @@ def quantize_static(model: PreTrainedModel, recordings: Iterable[torch.Tensor]) 
             raise ValueError(f"recordings[{index}] has shape {tuple(one.shape)}; expected (1, time > 1, {width}).")
     if not recordings:
         raise ValueError("There are no recordings to measure ranges on; some dozens like those to come are enough.")
-    dynamic = {"input_features": {1: torch.export.Dim.DYNAMIC}}
-    example = (max(recordings, key=lambda one: one.shape[1]),)
+    dynamic = {1: torch.export.Dim.DYNAMIC}
+    # What the program is traced with becomes part of the file: little, but long enough for a graph of all lengths.
+    example = (torch.zeros(1, 2 * max(model.config.strides) + 2, width),)
     # Sizes of 1 are sizes like others.
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):
-        graph = torch.export.export(_OneRecording(model.eval()), example, dynamic_shapes=dynamic).module()
+        graph = torch.export.export(_OneRecording(model.eval()), example, dynamic_shapes=(dynamic,)).module()
         # The quantizer finds layers by the function that they were written with, which this way of tracing leaves out.
         functions = {torch.ops.aten.conv2d.default: F.conv2d, torch.ops.aten.linear.default: F.linear}
         for node in graph.graph.nodes:
@@ -388,4 +392,4 @@ def quantize_static(model: PreTrainedModel, recordings: Iterable[torch.Tensor]) 
             if name not in used:
                 parent, _, own = name.rpartition(".")
                 delattr(graph.get_submodule(parent), own)
-        return torch.export.export(graph, example, dynamic_shapes=({1: torch.export.Dim.DYNAMIC},))
+        return torch.export.export(graph, example, dynamic_shapes=(dynamic,))
