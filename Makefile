@@ -27,7 +27,7 @@ bench: $(VENV)/.test
 
 # One environment; each target adds the extras that it needs, in the versions of constraints.txt.
 $(VENV)/.demo: EXTRAS := demo
-$(VENV)/.test: EXTRAS := demo,export,train,test
+$(VENV)/.test: EXTRAS := batch,demo,export,quantization,train,test
 $(VENV)/.demo $(VENV)/.test: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"

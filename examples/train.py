@@ -68,15 +68,19 @@ class ModelArguments:
     set: list[str] = field(
         default_factory=list, metadata={"help": "fields of the model's config, such as n_embd=256 arch=[2,2,4]"}
     )
+    license: str | None = field(
+        default=None, metadata={"help": "of the model, for its card: an identifier of the Hub's, such as apache-2.0"}
+    )
+
+
+@dataclass
+class QuantizationArguments:
     qat: Literal["int8", "int8_dynamic", "int4", "float8", "ternary"] | None = field(
         default=None,
         metadata={
             "help": "quantization-aware training: train as if quantized so (a few epochs from --checkpoint at a low learning "
             "rate); the quantized model goes to a folder of this name in --output_dir"
         },
-    )
-    license: str | None = field(
-        default=None, metadata={"help": "of the model, for its card: an identifier of the Hub's, such as apache-2.0"}
     )
 
 
@@ -440,15 +444,16 @@ def describe_data(options: DataArguments, feature_extractor) -> dict[str, Any]:
 
 
 def main():
-    parser, recipe, model_options, data_options, training = parse(__doc__, ModelArguments, DataArguments, Training)
+    kinds = (ModelArguments, DataArguments, Training, QuantizationArguments)
+    parser, recipe, model_options, data_options, training, quantization = parse(__doc__, *kinds)
     logging.disable_progress_bar()  # of saving, which takes no time; Trainer's stays
     try:
         set_seed(training.seed)
         feature_extractor = make_feature_extractor(recipe, model_options.checkpoint)
         train_set, val_set, names = load_datasets(data_options, feature_extractor, training.seed)
         model = make_model(recipe, model_options, names)
-        if model_options.qat is not None:
-            prepare_qat(model, model_options.qat)
+        if quantization.qat is not None:
+            prepare_qat(model, quantization.qat)
         given, taken = feature_extractor.feature_size, sum(model.config.stream_widths)
         if given != taken:
             raise Usage(f"features have {given} channels (feature_size), but the model takes {taken} (n_in)")
@@ -493,12 +498,12 @@ def main():
         trainer.push_to_hub(**card) if training.push_to_hub else trainer.create_model_card(**card)
     if training.should_save:
         print(f"\nmodel: {folder}")
-        if model_options.qat is not None:
+        if quantization.qat is not None:
             # What was saved is in full precision, and evaluated as if it were not.
             model = ConvTransformerForTemporalActionLocalization.from_pretrained(folder)
-            quantize(model, model_options.qat).save_pretrained(folder / model_options.qat)
-            feature_extractor.save_pretrained(folder / model_options.qat)
-            print(f"quantized: {folder / model_options.qat}")
+            quantize(model, quantization.qat).save_pretrained(folder / quantization.qat)
+            feature_extractor.save_pretrained(folder / quantization.qat)
+            print(f"quantized: {folder / quantization.qat}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -79,6 +79,8 @@ def main():
     accelerator = Accelerator(
         gradient_accumulation_steps=options.gradient_accumulation_steps, mixed_precision=precision, cpu=options.use_cpu
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        parser.error("this loop averages and saves whole weights; under FSDP2 and DeepSpeed use examples/train.py")
     collate = DataCollator(feature_extractor)
     loader = DataLoader(train_set, options.per_device_train_batch_size, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=options.learning_rate)
