@@ -24,6 +24,8 @@ from modeling_convtransformer import (
     ConvTransformerConfig,
     ConvTransformerForTemporalActionLocalization,
     ConvTransformerModel,
+    attention_convtransformer,
+    modeling_convtransformer,
 )
 from modeling_convtransformer.attention_convtransformer import (
     WindowFold,
@@ -813,3 +815,32 @@ def test_one_graph_serves_many_lengths(settings, padded, most):
 def test_few_graphs_of_a_pyramid_serve_many_lengths(settings, padded, most):
     """A window has two as above, here of lengths that fill the blocks of both levels, or of neither."""
     assert count_graphs({**settings, "arch": (1, 1, 1)}, padded, (100, 128, 130, 200, 256, 300, 333)) <= most
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mha_win_size": 9},
+        {"mha_win_size": [19, 63, -1, 301]},
+        {"mha_win_size": 9, "is_causal": True, "n_kv_head": 2},
+        {"mha_win_size": 9, "use_rel_pe": True},
+        {"use_rms_norm": False, "use_batch_norm": True},
+    ],
+    ids=str,
+)
+def test_long_recordings_in_chunks_are_those_in_one_piece(fields, monkeypatch):
+    """Chunks of 128 steps, of which some windows leave none: those stay whole."""
+    torch.manual_seed(0)
+    small = {"n_in": 6, "n_embd": 32, "n_head": 4, "arch": (1, 1, 3), "path_pdrop": 0}
+    model = ConvTransformerModel(ConvTransformerConfig(**small, **fields)).eval()
+    features, mask = torch.randn(2, 1000, 6), torch.arange(1000) < torch.tensor([[1000], [701]])
+    with torch.no_grad():
+        for padding in (None, mask):
+            expected = model(features, padding).feature_maps
+            with monkeypatch.context() as patch:
+                for module in (attention_convtransformer, modeling_convtransformer):
+                    patch.setattr(module, "CHUNK", 128)
+                assert attention_convtransformer.runs_in_chunks(1000)
+                output = model(features, padding).feature_maps
+            for one, other in zip(output, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
