@@ -13,6 +13,7 @@ are rounded with ranges that were measured on recordings. docs/quantization.md s
 
 import importlib.util
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -340,11 +341,13 @@ def quantize_static(model: PreTrainedModel, recordings: Iterable[torch.Tensor]) 
     bits, with one range for each layer's inputs, which is measured while the recordings pass. For CPUs:
 
         torch.export.save(quantize_static(detector, recordings), "detector_int8.pt2")
+
+        import torchao.quantization.pt2e  # the program's operators
         detector = torch.compile(torch.export.load("detector_int8.pt2").module())  # without compiling, slower than float32
         outputs = detector(input_features)  # (1, time, n_in), any time above the coarsest stride
         feature_extractor.post_process_temporal_action_localization(outputs)
 
-    A program needs neither this package nor transformers, but is not what `from_pretrained` loads: checkpoints of
+    A program needs torchao, but neither this package nor transformers, and is not what `from_pretrained` loads: checkpoints of
     transformers have no place for ranges of activations.
 
     Args:
@@ -371,7 +374,8 @@ def quantize_static(model: PreTrainedModel, recordings: Iterable[torch.Tensor]) 
     # What the program is traced with becomes part of the file: little, but long enough for a graph of all lengths.
     example = (torch.zeros(1, 2 * max(model.config.strides) + 2, width),)
     # Sizes of 1 are sizes like others.
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # max pooling is not rounded, and says so in a screenful
         graph = torch.export.export(_OneRecording(model.eval()), example, dynamic_shapes=(dynamic,)).module()
         # The quantizer finds layers by the function that they were written with, which this way of tracing leaves out.
         functions = {torch.ops.aten.conv2d.default: F.conv2d, torch.ops.aten.linear.default: F.linear}
@@ -386,10 +390,21 @@ def quantize_static(model: PreTrainedModel, recordings: Iterable[torch.Tensor]) 
         for node in graph.graph.nodes:  # where in this package a node comes from, which would be most of the file
             for name in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):
                 node.meta.pop(name, None)
-        # What convert_pt2e leaves behind: the weights before rounding.
-        used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
-        for name, _ in [*graph.named_parameters()]:
-            if name not in used:
-                parent, _, own = name.rpartition(".")
-                delattr(graph.get_submodule(parent), own)
+        _share(graph)
         return torch.export.export(graph, example, dynamic_shapes=(dynamic,))
+
+
+def _share(graph: torch.fx.GraphModule):
+    """Keeps one of equal weights, of which convert_pt2e makes one for each use (heads serve every level), and none that is
+    not used (those before rounding)."""
+    tensors, first = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}, {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and node.target in tensors:
+            tensor = tensors[node.target].detach()
+            key = (tensor.dtype, tensor.shape, tensor.contiguous().numpy().tobytes())
+            node.target = first.setdefault(key, node.target)
+    graph.recompile()
+    used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    for name in tensors.keys() - used:
+        parent, _, own = name.rpartition(".")
+        delattr(graph.get_submodule(parent), own)
