@@ -193,7 +193,7 @@ def measure_quality(task: Task, row: str, args: argparse.Namespace, folder: Path
 def measure_times(rows: list[str], args: argparse.Namespace, folder: Path) -> dict[str, dict]:
     """Milliseconds of one forward of each row, in turn, uncompiled and compiled; sizes too."""
     set_seed(0)
-    config = ConvTransformerConfig.from_yaml(harness.ROOT / "configuration" / "thumos14_i3d.yaml")
+    config = ConvTransformerConfig.from_yaml(args.timed)
     source = folder / "float32_source"
     ConvTransformerForTemporalActionLocalization(config).save_pretrained(source)
     features = torch.randn(1, args.length, config.n_in)
@@ -286,6 +286,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="time compiled models too (minutes of compiling)")
     parser.add_argument("--epochs", type=int, default=5, help="of the rows that are trained (default: 5)")
     parser.add_argument("--calibration", type=int, default=16, help="recordings that ranges are measured on (16)")
+    timed = harness.ROOT / "configuration" / "thumos14_i3d.yaml"
+    parser.add_argument("--timed", type=Path, default=timed, metavar="FILE", help="YAML of the detector that is timed")
     parser.add_argument("--length", type=int, default=2304, help="steps of the recording that is timed (2304)")
     parser.add_argument("--sbhar-model", type=Path, metavar="FOLDER", help="in full precision, of this recipe")
     parser.add_argument("--watch-model", type=Path, metavar="FOLDER", help="the same")

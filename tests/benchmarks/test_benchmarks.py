@@ -28,6 +28,7 @@ import latency
 import longest_input
 import official
 import precision
+import quantization
 import training_step
 
 COMMANDS = {name: importlib.import_module(name).main for name in ("latency", "training_step", "scaling", "nms", "map")}
@@ -166,6 +167,20 @@ def test_precision_needs_data_and_a_device_for_float16(tmp_path, capsys):
             precision.main(arguments)
         assert end.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_quantization_saves_loads_and_times_every_row(tmp_path, capsys):
+    pytest.importorskip("torchao", reason="quantization needs torchao")
+    (tmp_path / "tiny.yaml").write_text("model: {n_in: 6, n_embd: 128, n_head: 2, arch: [1, 1, 1], num_labels: 3}\n")
+    rows = ["int8", "int8_dynamic", "float8", "int4", "ternary", "bfloat16"]
+    arguments = ["no_data", "--tasks", "--timed", str(tmp_path / "tiny.yaml"), "--length", "64", "--repeats", "1"]
+    quantization.main([*arguments, "--threads", "1", "--json", str(tmp_path / "a.json"), "--rows", *rows])
+    shares = {row["method"]: row["THUMOS14 share"] for row in read(tmp_path / "a.json")}
+    assert [*shares] == ["float32", *rows]
+    assert shares["int4"] < shares["int8"] < shares["bfloat16"] < shares["float32"] == 1
+    assert all("ms" in row for row in read(tmp_path / "a.json"))
+    assert len(rows_of(capsys.readouterr().out)) == 7
 
 
 @pytest.mark.slow
