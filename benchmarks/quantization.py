@@ -23,6 +23,7 @@ from pathlib import Path
 import harness
 import sbhar
 import torch
+import torch._inductor.config
 import yaml
 from harness import BenchmarkError, Column
 from tqdm import tqdm
@@ -48,6 +49,7 @@ ROWS = [
     "float32",
     "bfloat16",
     "int8",
+    "int8, heads in float32",
     "int8_dynamic",
     "static",
     "float8",
@@ -173,7 +175,8 @@ def make(row: str, source: Path, folder: Path, calibration: list[torch.Tensor], 
     elif row == "float32, trained on":
         model = train(model)
     elif not row.startswith(("float32", "bfloat16")):
-        model = quantize(model, row)
+        method, _, heads = row.partition(", heads")
+        model = quantize(model, method, keep=["class_head", "segment_head"] if heads else [])
     return save_and_load(model, folder), folder
 
 
@@ -208,6 +211,7 @@ def measure_times(rows: list[str], args: argparse.Namespace, folder: Path) -> di
     with torch.no_grad():
         for suffix in ("", " compiled") if args.compile else ("",):
             if suffix:
+                torch._inductor.config.freezing = True  # weights are constants, which PT2E's kernels ask for
                 detectors = {row: torch.compile(detector) for row, detector in detectors.items()}
             calls = {
                 row: functools.partial(

@@ -332,9 +332,13 @@ class Localizer:
         if (known := read_summary(path)) is None:
             self.seconds, started, cpu = Counter(), time.perf_counter(), time.process_time()
             log = Attempts(self.output / "_job" / "attempts" / part["name"])
-            results = (
-                self._run_alone(part["recordings"], log) if log.count > ATTEMPTS else self._run(part["recordings"])
-            )
+            try:
+                results = (
+                    self._run_alone(part["recordings"], log) if log.count > ATTEMPTS else self._run(part["recordings"])
+                )
+            except KeyboardInterrupt:
+                log.withdraw()
+                raise
             self.seconds |= {"total": time.perf_counter() - started, "cpu": time.process_time() - cpu}
             failed = sum("error" in row for row in results)
             known = {"recordings": len(results), "failed": failed, "ended": time.time(), "stages": self.seconds}
@@ -368,8 +372,10 @@ class Localizer:
                 rows.append(self._row(one, error, error))
                 continue
             log.begin(one["id"])
-            rows += self._run([one])
-            log.end(one["id"])
+            try:
+                rows += self._run([one])
+            finally:  # whoever gets here did not die
+                log.end(one["id"])
         return rows
 
     def _read(self, batch: list[dict], tables: dict) -> list[tuple[dict, dict | str]]:
@@ -484,7 +490,12 @@ class Attempts:
         self.path = path
         self._write(f"attempt {os.uname().nodename} {os.getpid()}")
         self.lines = Counter(path.read_text(encoding="utf-8").splitlines())
-        self.count = sum(count for line, count in self.lines.items() if line.startswith("attempt "))
+        attempts = sum(count for line, count in self.lines.items() if line.startswith("attempt "))
+        self.count = attempts - self.lines["withdrawn"]
+
+    def withdraw(self):
+        """Somebody stopped the process: nothing that the part did."""
+        self._write("withdrawn")
 
     def begin(self, name: str):
         self._write("begin " + json.dumps(name))
@@ -518,7 +529,7 @@ def read_summary(path: Path) -> dict | None:
     """What a finished part says of itself, or None where there is no such (whole) part."""
     try:
         return json.loads(pq.read_metadata(path).metadata[METADATA])
-    except (OSError, KeyError, pa.ArrowInvalid):
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowInvalid):
         return None
 
 
@@ -552,7 +563,14 @@ def fingerprint(localize) -> str:
     digest.update(json.dumps(localize.feature_extractor.to_dict(), sort_keys=True, default=str).encode())
     for name, tensor in sorted(localize.model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        # Quantized weights consist of several tensors.
+        parts = (
+            [getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]]
+            if hasattr(tensor, "qdata")
+            else [tensor]
+        )
+        for part in parts:
+            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
@@ -592,7 +610,7 @@ def run_ray(job: dict, parts: list[dict], localize, options: argparse.Namespace)
     try:
         there = ray.cluster_resources()
         per = {"CPU": cpus, **({"GPU": options.gpus_per_actor} if options.gpus_per_actor else {})}
-        fits = int(min(there.get(name, 0) // need for name, need in per.items()))
+        fits = math.floor(min(there.get(name, 0) / need for name, need in per.items()) + 1e-6)  # 1 // 0.2 is 4
         actors = options.num_actors or fits
         if not 1 <= actors <= fits:
             raise ValueError(
@@ -636,9 +654,14 @@ def lock(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ValueError(
                 f"{folder.parent}: another run is writing here; wait for it, stop it, or give another OUTPUT."
+            ) from error
+        except OSError as error:
+            raise ValueError(
+                f"{folder.parent}: its file system has no locks ({error.strerror}), without which two runs could write the "
+                "same output; give an OUTPUT on another one."
             ) from error
         yield
 
@@ -731,7 +754,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentPar
     found.add_argument("--threshold", type=float, help="only segments with a score above this")
     found.add_argument("--top_k", type=int, help="at most this many segments of each recording")
     found.add_argument(
-        "--settings", type=json.loads, default={}, help='more of post-processing\'s: {"nms_method": "hard"}'
+        "--settings", type=json_object, default={}, help='more of post-processing\'s: {"nms_method": "hard"}'
     )
     again = parser.add_argument_group("failures")
     again.add_argument("--retry_failed", action="store_true", help="do parts with failed recordings again")
@@ -751,8 +774,6 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentPar
         parser.error(
             f"OUTPUT {options.output} lies in INPUT {options.input}: the next run would read it. Choose another."
         )
-    if not isinstance(options.settings, dict):
-        parser.error(f"--settings is {options.settings!r}; expected a JSON object.")
     given = {name: getattr(options, name) for name in ("threshold", "top_k") if getattr(options, name) is not None}
     options.settings = {**options.settings, **given}
     return parser, options
@@ -832,6 +853,16 @@ def remove_leftovers(output: Path):
     """Half-written parts of workers that were killed."""
     for path in output.glob(".part-*"):
         path.unlink(missing_ok=True)
+
+
+def json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a JSON object.")
+    return value
 
 
 def main():

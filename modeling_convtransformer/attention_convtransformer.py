@@ -211,9 +211,10 @@ def attend(
     return interface(module, query, key, value, attention_mask, **kwargs)
 
 
-def runs_in_chunks(length: int) -> bool:
-    """Whether a sequence is long enough, and nothing is recorded: neither gradients nor a graph."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+def runs_in_chunks(module, length: int) -> bool:
+    """Whether a sequence is long enough, and this is inference: nothing learns (in training, without gradients too:
+    checkpointing repeats dropout, batch norm counts), and neither gradients nor a graph are recorded."""
+    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return length > CHUNK
 
@@ -222,7 +223,7 @@ def attend_in_blocks(module, interface, query, key, value, attention_mask, relat
     """Windows for a backend that has none: blocks of queries, each with the keys around it, are one large batch."""
     batch, _, length, _ = query.shape
     fold = WindowFold(length, module.window)
-    if runs_in_chunks(length) and CHUNK // fold.size > 2:
+    if runs_in_chunks(module, length) and CHUNK // fold.size > 2:
         output = query.new_empty(batch, length, query.shape[1], value.shape[-1])
         count = CHUNK // fold.size - 2
         for first in range(0, fold.blocks, count):

@@ -595,7 +595,7 @@ class ConvTransformerBlock(GradientCheckpointingLayer):
         return self.drop_path_mlp(hidden_states, update)
 
     def _run_mlp(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        if not runs_in_chunks(x.shape[1]):
+        if not runs_in_chunks(self, x.shape[1]):
             return self.mlp(self.ln2(x, padding))
         update = torch.empty_like(x)
         paddings = repeat(None) if padding is None else padding.split(CHUNK, dim=1)
@@ -703,13 +703,26 @@ class ConvTransformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers; the model remembers which weights the checkpoint lacked, until it is trained."""
+        """
+        As in transformers; the model remembers which weights the checkpoint lacked, until it is trained.
+
+        Raises:
+            ValueError: the checkpoint is quantized, and `dtype` is another than it was quantized in.
+        """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model.untrained_weights = frozenset(info["missing_keys"])
         compute_with_packed_weights(model)
         if getattr(model, "quantization_method", None) == "torchao":
             # transformers 5.23 wants to undo how it read torchao's tensors when they are saved again, and cannot.
             model._weight_conversions = None
+            stored = {parameter.dtype for parameter in model.parameters() if hasattr(parameter, "qdata")}
+            others = {parameter.dtype for parameter in model.parameters() if not hasattr(parameter, "qdata")}
+            if stored != others:
+                raise ValueError(
+                    f"The checkpoint is quantized for {', '.join(map(str, stored))} and was to be loaded as "
+                    f"{', '.join(map(str, others))}. Leave dtype out; or load the full-precision checkpoint in that dtype, and "
+                    "quantize it."
+                )
         return (model, info) if output_loading_info else model
 
     def train(self, mode: bool = True):

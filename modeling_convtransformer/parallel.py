@@ -119,8 +119,7 @@ class DetectorStage(nn.Module):
 class Pipeline:
     """
     A detector over all processes of `torch.distributed`, a stage each, that trains on batches cut into microbatches, with
-    the loss and the gradients of the whole batch in one process (but for batch norm, whose statistics are of a
-    microbatch). Batches are the same on every process.
+    the loss and the gradients of the whole batch in one process. Batches are the same on every process.
 
     Args:
         detector: with the same weights on every process. It is changed and cannot be used alone afterwards.
@@ -131,7 +130,8 @@ class Pipeline:
 
     Raises:
         RuntimeError: `torch.distributed` does not run.
-        ValueError: there are more processes than parts to cut into, or `cuts` are not for this number of processes.
+        ValueError: there are more processes than parts to cut into, `cuts` are not for this number of processes, or the
+            model's loss or batch norm cannot be had from microbatches.
     """
 
     def __init__(
@@ -145,6 +145,12 @@ class Pipeline:
             raise RuntimeError(
                 "torch.distributed does not run. Start the script with torchrun, and call "
                 "torch.distributed.init_process_group() before this."
+            )
+        config = detector.config
+        if config.use_batch_norm or config.loss_weight <= 0:
+            raise ValueError(
+                f"use_batch_norm is {config.use_batch_norm} and loss_weight {config.loss_weight}: statistics and weights of a "
+                "whole batch, which microbatches do not have. Use use_batch_norm=False and a loss_weight above 0, or DDP."
             )
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self.device, self.microbatches = device, microbatches
@@ -169,12 +175,13 @@ class Pipeline:
             the loss, float32, the same on every process.
 
         Raises:
-            ValueError: the batch cannot be cut into as many microbatches of one size.
+            ValueError: the batch cannot be cut into as many microbatches of one size, or its shapes do not fit.
         """
         features = batch["input_features"].to(self.device)
         valid, labels = batch.get("attention_mask"), batch["labels"]
         valid = torch.ones(features.shape[:2]) if valid is None else valid
         valid = valid.to(device=self.device, dtype=torch.bool)
+        self.stage.detector.model.check_inputs(features, valid)
         size = len(features)
         if size % self.microbatches:
             raise ValueError(

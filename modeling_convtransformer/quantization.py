@@ -99,6 +99,11 @@ def quantize(model: PreTrainedModel, method: str, keep: Sequence[str] = ()) -> P
     return model.eval()
 
 
+def _need_torchao():
+    if importlib.util.find_spec("torchao") is None:
+        raise ImportError('Quantization needs torchao: pip install "modeling-convtransformer[quantization]"')
+
+
 def _check_unquantized(model: PreTrainedModel):
     if getattr(model, "hf_quantizer", None) is not None or hasattr(model, "qat"):
         raise ValueError(
@@ -111,8 +116,7 @@ def _check_unquantized(model: PreTrainedModel):
 
 def _describe(method: str, keep: Sequence[str]) -> TorchAoConfig:
     """What config.json says of it, in torchao's terms."""
-    if importlib.util.find_spec("torchao") is None:
-        raise ImportError('Quantization needs torchao: pip install "modeling-convtransformer[quantization]"')
+    _need_torchao()
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         Float8WeightOnlyConfig,
@@ -174,7 +178,7 @@ def _int8_dynamic(weight: torch.Tensor) -> torch.Tensor:
     from torchao.quantization import PerRow
     from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
-    is_depthwise = weight.dim() == 3 and weight.shape[1] == 1  # there is no matrix product to gain from
+    is_depthwise = weight.dim() == 3 and weight.shape[1] == 1  # never a matrix product
     return _int8(weight, None if is_depthwise else QuantizeTensorToInt8Kwargs(granularity=PerRow()))
 
 
@@ -294,7 +298,9 @@ def prepare_qat(model: PreTrainedModel, method: str, keep: Sequence[str] = ()) -
         # Parameters, their names and an optimizer's hold of them stay.
         module.__class__ = RoundedLinear if isinstance(module, nn.Linear) else RoundedConv1d
         module.store = store
-        module.rounds_inputs = method == "int8_dynamic"
+        # Of convolutions, only those that become matrix products: see MaskedConv1d.
+        is_product = isinstance(module, nn.Linear) or module.groups == module.stride[0] == 1
+        module.rounds_inputs = method == "int8_dynamic" and is_product
     model.qat = (method, tuple(keep))
     return model
 
@@ -351,13 +357,14 @@ def quantize_static(model: PreTrainedModel, recordings: Iterable[torch.Tensor]) 
     transformers have no place for ranges of activations.
 
     Args:
-        model: a detector in float32 on the CPU; it stays as it is.
+        model: a detector in float32 on the CPU; it stays as it is, but in evaluation mode.
         recordings: some dozens that are like those to come, each (1, time, n_in), prepared as for the model.
 
     Raises:
         ImportError: torchao is not installed.
         ValueError: no recordings, or one of another shape; the message names it.
     """
+    _need_torchao()
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
         X86InductorQuantizer,
@@ -395,16 +402,14 @@ def quantize_static(model: PreTrainedModel, recordings: Iterable[torch.Tensor]) 
 
 
 def _share(graph: torch.fx.GraphModule):
-    """Keeps one of equal weights, of which convert_pt2e makes one for each use (heads serve every level), and none that is
-    not used (those before rounding)."""
+    """One tensor for equal weights, of which convert_pt2e makes one for each use (heads serve every level), and none that is
+    not used (those before rounding). Each use keeps a name of its own: compiling looks for weights of a single use."""
     tensors, first = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}, {}
-    for node in graph.graph.nodes:
-        if node.op == "get_attr" and node.target in tensors:
-            tensor = tensors[node.target].detach()
-            key = (tensor.dtype, tensor.shape, tensor.contiguous().numpy().tobytes())
-            node.target = first.setdefault(key, node.target)
-    graph.recompile()
     used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
-    for name in tensors.keys() - used:
+    for name, tensor in tensors.items():
         parent, _, own = name.rpartition(".")
-        delattr(graph.get_submodule(parent), own)
+        if name not in used:
+            delattr(graph.get_submodule(parent), own)
+            continue
+        key = (tensor.dtype, tensor.shape, tensor.detach().contiguous().numpy().tobytes())
+        setattr(graph.get_submodule(parent), own, first.setdefault(key, tensor))

@@ -107,6 +107,10 @@ def load_for_classes(
         OSError: there is no such checkpoint.
     """
     source = ConvTransformerForTemporalActionLocalization.from_pretrained(checkpoint)
+    if getattr(source, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"{checkpoint} is quantized, so that its weights cannot learn; give the full-precision checkpoint."
+        )
     names = dict(enumerate(labels))
     fields = source.config.to_dict()
     if names != source.config.id2label:
@@ -221,7 +225,11 @@ class EMACallback(TrainerCallback):
 
     def _save(self, args, state):
         # All processes: a tensor that is spread over them is put together by all.
-        average = {name: _whole(tensor) for name, tensor in self.average.items()}
+        average = {}
+        for name, tensor in self.average.items():
+            whole = _whole(tensor)
+            if state.is_world_process_zero:  # the others, and devices, let go of each one at once
+                average[name] = whole.cpu()
         self.saved_step = state.global_step
         if not state.is_world_process_zero:
             return

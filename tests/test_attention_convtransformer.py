@@ -840,7 +840,8 @@ def test_long_recordings_in_chunks_are_those_in_one_piece(fields, monkeypatch):
             with monkeypatch.context() as patch:
                 for module in (attention_convtransformer, modeling_convtransformer):
                     patch.setattr(module, "CHUNK", 128)
-                assert attention_convtransformer.runs_in_chunks(1000)
+                assert attention_convtransformer.runs_in_chunks(model, 1000)
+                assert not attention_convtransformer.runs_in_chunks(torch.nn.Linear(1, 1).train(), 1000)
                 output = model(features, padding).feature_maps
             for one, other in zip(output, expected, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

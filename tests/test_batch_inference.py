@@ -448,3 +448,20 @@ def test_help_explains_itself(capsys):
         batch_inference.parse_arguments(["--help"])
     assert exit_.value.code == 0
     assert "python examples/batch_inference.py" in capsys.readouterr().out
+
+
+def test_a_quantized_model_has_a_fingerprint_of_its_own(model, tmp_path):
+    pytest.importorskip("torchao", reason="quantization needs torchao")
+    from modeling_convtransformer.quantization import quantize
+
+    found = [batch_inference.fingerprint(pipeline("temporal-action-localization", model=str(model)))]
+    for method in ("int8", "int4"):
+        detector = quantize(ConvTransformerForTemporalActionLocalization.from_pretrained(model), method)
+        detector.save_pretrained(tmp_path / method)
+        ConvTransformerFeatureExtractor.from_pretrained(model).save_pretrained(tmp_path / method)
+        found.append(
+            batch_inference.fingerprint(pipeline("temporal-action-localization", model=str(tmp_path / method)))
+        )
+        again = batch_inference.fingerprint(pipeline("temporal-action-localization", model=str(tmp_path / method)))
+        assert again == found[-1]
+    assert len(set(found)) == 3

@@ -299,6 +299,21 @@ def test_a_prepared_model_computes_as_the_quantized_one(method):
     assert torch.equal(logits_of(converted, features), expected)
 
 
+@pytest.mark.parametrize("fields", [{"fpn_type": "fpn"}, {"backbone_type": "conv"}])
+@pytest.mark.parametrize("method", ON_CPU)
+def test_each_layer_rounds_what_the_quantized_one_rounds(method, fields):
+    model = make_detector(**fields)
+    quantized, prepared = quantize(copy.deepcopy(model), method), prepare_qat(copy.deepcopy(model), method)
+    for name, module in prepared.named_modules():
+        if isinstance(module, nn.Linear | MaskedConv1d):
+            width = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+            inputs = (make_features(2, 20, width),) + (() if isinstance(module, nn.Linear) else (None,))
+            with torch.no_grad():  # the sums' order
+                torch.testing.assert_close(
+                    module(*inputs), quantized.get_submodule(name)(*inputs), rtol=1e-4, atol=1e-5
+                )
+
+
 @pytest.mark.parametrize("method", ["int4", "int8_dynamic", "ternary"])
 def test_a_prepared_model_learns(method):
     torch.manual_seed(0)
@@ -412,6 +427,34 @@ def test_wrong_use():
         convert_qat(make_detector())
     with pytest.raises(ValueError, match='no training for "float8_dynamic"'):
         prepare_qat(make_detector(), "float8_dynamic")
+
+
+@pytest.mark.parametrize("method", ON_CPU)
+def test_another_dtype_than_it_was_quantized_in(method, tmp_path):
+    quantize(make_detector(), method).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"quantized for torch.float32 and was to be loaded as torch.bfloat16. Leave dtype"
+    ):
+        ConvTransformerForTemporalActionLocalization.from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
+def test_quantized_in_half_precision(tmp_path):
+    model, features = make_detector(), make_features()
+    full = logits_of(model, features)
+    model = quantize(model.to(torch.bfloat16), "int4")
+    model.save_pretrained(tmp_path)
+    loaded = ConvTransformerForTemporalActionLocalization.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(logits_of(loaded, features), logits_of(model, features))
+    assert relative(logits_of(loaded, features).float(), full) < CHANGES["int4"]
+
+
+def test_fine_tuning_starts_from_full_precision(tmp_path):
+    from modeling_convtransformer.training import load_for_classes
+
+    quantize(make_detector(), "int8").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is quantized, so that its weights cannot learn"):
+        load_for_classes(tmp_path, ["a", "b", "c"])
 
 
 def test_keep_is_checked_before_anything_is_rounded():
