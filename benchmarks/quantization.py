@@ -231,6 +231,12 @@ def measure_times(rows: list[str], args: argparse.Namespace, folder: Path) -> di
             for row in slow:
                 measured[row] |= {f"ms{suffix}": first[row], f"time{suffix}": first[row] / first["float32"]}
                 del calls[row]
+            if args.profile:
+                for row, call in calls.items():
+                    with torch.profiler.profile() as profiler:
+                        call()
+                    operators = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=10)
+                    print(f"\n{row}{suffix}\n{operators}")
             for row, timing in harness.time_alternating(calls, args.repeats, 1, device).items():
                 measured[row] |= {f"ms{suffix}": timing.median_ms, f"time{suffix}": timing.ratio}
     return measured
@@ -288,6 +294,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="*", choices=["sbhar", "watch"], default=["sbhar", "watch"])
     parser.add_argument("--no-times", dest="times", action="store_false", help="sizes and mAP only")
     parser.add_argument("--compile", action="store_true", help="time compiled models too (minutes of compiling)")
+    parser.add_argument("--profile", action="store_true", help="print the operators that take most of each row's time")
     parser.add_argument("--epochs", type=int, default=5, help="of the rows that are trained (default: 5)")
     parser.add_argument("--calibration", type=int, default=16, help="recordings that ranges are measured on (16)")
     timed = harness.ROOT / "configuration" / "thumos14_i3d.yaml"

@@ -349,6 +349,7 @@ def quantize_static(model: PreTrainedModel, recordings: Iterable[torch.Tensor]) 
         torch.export.save(quantize_static(detector, recordings), "detector_int8.pt2")
 
         import torchao.quantization.pt2e  # the program's operators
+        torch._inductor.config.freezing = True  # weights are constants, which the kernels ask for
         detector = torch.compile(torch.export.load("detector_int8.pt2").module())  # without compiling, slower than float32
         outputs = detector(input_features)  # (1, time, n_in), any time above the coarsest stride
         feature_extractor.post_process_temporal_action_localization(outputs)
