@@ -717,7 +717,7 @@ class ConvTransformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
             model._weight_conversions = None
             stored = {parameter.dtype for parameter in model.parameters() if hasattr(parameter, "qdata")}
             others = {parameter.dtype for parameter in model.parameters() if not hasattr(parameter, "qdata")}
-            if stored != others:
+            if not stored <= others:
                 raise ValueError(
                     f"The checkpoint is quantized for {', '.join(map(str, stored))} and was to be loaded as "
                     f"{', '.join(map(str, others))}. Leave dtype out; or load the full-precision checkpoint in that dtype, and "

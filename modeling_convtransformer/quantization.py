@@ -11,7 +11,6 @@ a model. Norms, biases, scales and position tables keep their precision.
 are rounded with ranges that were measured on recordings. docs/quantization.md says what each costs and is worth.
 """
 
-import importlib.util
 import re
 import warnings
 from collections import OrderedDict
@@ -23,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import is_torchao_available
 
 from .modeling_convtransformer import MaskedConv1d, compute_with_packed_weights, dequantized
 
@@ -100,7 +100,7 @@ def quantize(model: PreTrainedModel, method: str, keep: Sequence[str] = ()) -> P
 
 
 def _need_torchao():
-    if importlib.util.find_spec("torchao") is None:
+    if not is_torchao_available():
         raise ImportError('Quantization needs torchao: pip install "modeling-convtransformer[quantization]"')
 
 

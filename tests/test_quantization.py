@@ -4,7 +4,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -237,6 +236,12 @@ def test_parts_that_keep_their_precision():
     assert "segment_head.output.weight" in stored
     assert "model.branch.1.mlp.up_proj.weight" in stored
     assert not any("class_head" in name or "branch.0." in name for name in stored)
+
+
+def test_nothing_left_to_round(tmp_path):
+    quantize(make_detector(), "int8", keep=["model", "class_head", "segment_head"]).save_pretrained(tmp_path)
+    loaded = ConvTransformerForTemporalActionLocalization.from_pretrained(tmp_path)
+    assert not any(hasattr(parameter, "qdata") for parameter in loaded.parameters())
 
 
 def test_parts_that_keep_their_precision_while_loading(tmp_path):
@@ -483,9 +488,6 @@ def test_adapters_are_merged_first():
 
 
 def test_without_torchao(monkeypatch):
-    monkeypatch.setattr(
-        quantization_module.importlib.util, "find_spec", lambda name, *args: None if name == "torchao" else name
-    )
+    monkeypatch.setattr(quantization_module, "is_torchao_available", lambda: False)
     with pytest.raises(ImportError, match="Quantization needs torchao: pip install"):
         quantize(make_detector(), "int8")
-    assert sys.modules["torchao"]
