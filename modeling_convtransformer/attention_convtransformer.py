@@ -1,5 +1,5 @@
 """Attention over time under every backend of transformers' attention interface: global or inside a window, with or
-without padding, causal or not, with fewer key heads than query heads, with a learned relative bias.
+without padding, causal or not, with fewer key heads than query heads, with a learned relative bias; and over the words of a query.
 
 A window is its full, odd width: step i sees the steps j with |i - j| <= window // 2 (as in ActionFormer's release,
 v1), or, where attention is causal, those with i - window // 2 <= j <= i. A width of 1 or less is global attention.
@@ -159,6 +159,25 @@ def make_block_mask(
     )
 
 
+def make_text_mask(implementation: str, valid: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """
+    The mask of attention from time to text, in the form that `attend` needs under this backend.
+
+    Args:
+        valid: (queries, words) bool, True = valid; `None` = no padding. A query without a word sees all of its padding: its
+            (unused) output stays finite.
+
+    Returns:
+        (queries, 1, 1, words): additive in `dtype` for eager, else bool, True = may be seen.
+    """
+    if valid is None:
+        return None
+    mask = (valid | ~valid.any(dim=-1, keepdim=True))[:, None, None, :]
+    if implementation == "eager":
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    return mask
+
+
 def attend(
     module: nn.Module,
     interface,
@@ -184,9 +203,18 @@ def attend(
         (batch, time, heads, channels of a head), and the weights (batch, heads, time, time) under eager, else `None`.
     """
     implementation = module.config._attn_implementation
+    has_own_masks = implementation == "flex_attention" or is_flash_attention_requested(
+        requested_attention_implementation=implementation
+    )
+    if module.is_cross and has_own_masks and attention_mask is not None:
+        # flex would want a BlockMask, flash takes masks only for queries and keys of one length.
+        width = value.shape[-1]
+        query, key, value = hide_keys(query, key, value, attention_mask, kwargs["scaling"])
+        output, weights = attend(module, interface, query, key, value, None, **kwargs)
+        return output[..., :width], weights
     if implementation == "flex_attention":
         return flex_attend(module, query, key, value, attention_mask, relative_bias, **kwargs), None
-    if is_flash_attention_requested(requested_attention_implementation=implementation):
+    if has_own_masks:
         # Flash counts the steps on one side, with the query itself.
         window = module.window // 2 + 1 if module.window > 1 else None
         return interface(module, query, key, value, attention_mask, sliding_window=window, **kwargs)
@@ -198,17 +226,30 @@ def attend(
     elif (
         implementation != "eager" and module.is_causal and attention_mask is not None and attention_mask.shape[2] == 1
     ):
-        # A mask over keys would need a row for each query to be causal too. One more channel, 1 in every query and the
-        # score of padding in its key, leaves the kernel's own causal mask in place.
-        width, scale = query.shape[-1], kwargs["scaling"]
-        score = torch.where(attention_mask, 0.0, _PADDED_SCORE / scale).to(key.dtype).transpose(2, 3)
-        extra = 8  # kernels like widths that are multiples of 8
-        query = torch.cat((query, query.new_ones(1).expand(*query.shape[:3], 1)), dim=-1)
-        key = torch.cat((key, score.expand(*key.shape[:3], 1)), dim=-1)
-        query, key = F.pad(query, (0, extra - 1)), F.pad(key, (0, extra - 1))
-        output, weights = interface(module, query, key, F.pad(value, (0, extra)), None, **kwargs)
+        # A mask over keys would need a row for each query to be causal too.
+        width = value.shape[-1]
+        query, key, value = hide_keys(query, key, value, attention_mask, kwargs["scaling"])
+        output, weights = interface(module, query, key, value, None, **kwargs)
         return output[..., :width], weights
     return interface(module, query, key, value, attention_mask, **kwargs)
+
+
+def hide_keys(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    What a mask over keys does, for kernels that leave no place for one: one more channel, 1 in every query and the score of
+    padding in its key.
+
+    Args:
+        query, key, value: as in `attend`.
+        mask: (batch, 1, 1, time of the keys) bool, True = may be seen.
+    """
+    extra = 8  # kernels like widths that are multiples of 8
+    score = torch.where(mask, 0.0, _PADDED_SCORE / scaling).to(key.dtype).transpose(2, 3)
+    query = torch.cat((query, query.new_ones(1).expand(*query.shape[:3], 1)), dim=-1)
+    key = torch.cat((key, score.expand(*key.shape[:3], 1)), dim=-1)
+    return F.pad(query, (0, extra - 1)), F.pad(key, (0, extra - 1)), F.pad(value, (0, extra))
 
 
 def runs_in_chunks(module, length: int) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .feature_extraction_convtransformer import ConvTransformerFeatureExtractor  # noqa: F401
     from .modeling_convtransformer import ConvTransformerModel  # noqa: F401
     from .pipeline_convtransformer import TemporalActionLocalizationPipeline  # noqa: F401
+    from .processing_convtransformer import ConvTransformerProcessor  # noqa: F401
 
 # What a checkpoint says to someone who has only transformers: the classes behind Auto* and the pipeline.
 _AUTO_MAP = {
@@ -28,12 +30,17 @@ _AUTO_MAP = {
     "AutoModel": "modeling_convtransformer.ConvTransformerModel",
     "AutoBackbone": "modeling_convtransformer.ConvTransformerBackbone",
     "AutoModelForObjectDetection": "modeling_convtransformer.ConvTransformerForTemporalActionLocalization",
+    "AutoModelForZeroShotObjectDetection": "modeling_convtransformer.ConvTransformerForMomentRetrieval",
 }
 _PIPELINES = {
     "temporal-action-localization": {
         "impl": "pipeline_convtransformer.TemporalActionLocalizationPipeline",
         "pt": ["AutoModelForObjectDetection"],
-    }
+    },
+    "moment-retrieval": {
+        "impl": "pipeline_convtransformer.MomentRetrievalPipeline",
+        "pt": ["AutoModelForZeroShotObjectDetection"],
+    },
 }
 _IS_REMOTE_CODE = __name__.startswith("transformers_modules.")
 
@@ -49,6 +56,10 @@ _SIZE_LIMITS = {
     "head_dim": 65_536,
     "head_num_layers": 64,
     "head_kernel_size": 1_023,
+    "text_dim": 65_536,
+    "decoder_dim": 65_536,
+    "decoder_layers": 64,
+    "projection_dim": 65_536,
 }
 _MAX_INPUT_WIDTH = 1_048_576
 _MAX_LAYERS = 256
@@ -241,6 +252,18 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
             Label smoothing of the classification loss.
         empty_labels (list of `int`, defaults to `()`):
             Classes without data, whose score starts from 1e-6.
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Moment retrieval: the text encoder, any text model of transformers. Without it, queries are given as embeddings.
+        freeze_text_encoder (`bool`, defaults to `True`):
+            The text encoder does not learn.
+        text_dim (`int`, *optional*):
+            Width of the queries' embeddings. Default: that of the text encoder.
+        decoder_dim (`int`, *optional*), decoder_layers (`int`, defaults to 1):
+            Width and number of the blocks in which the pyramid attends to a query. The width is what a query costs, beside
+            the recording: default `n_embd / 4`, up to a multiple of two channels a head.
+        projection_dim (`int`, *optional*):
+            Width of the space in which queries and points of the pyramid are compared to search many recordings. Default: no
+            such head.
         out_features (list of `str`, *optional*), out_indices (list of `int`, *optional*):
             Levels that `ConvTransformerBackbone` returns, by name (`"stem"`, `"stage1"`, ...) or number (0 is the
             finest). Default: the coarsest.
@@ -251,6 +274,7 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "convtransformer"
+    sub_configs = {"text_config": AutoConfig}
     keys_to_ignore_at_inference = ["loss_dict", "hidden_states", "attentions"]
     attribute_map = {
         "input_dim": "n_in",
@@ -306,6 +330,13 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
     label_smoothing: float | int = 0.0
     empty_labels: list[int] | tuple[int, ...] = ()
 
+    text_config: dict | PreTrainedConfig | None = None
+    freeze_text_encoder: bool = True
+    text_dim: int | None = None
+    decoder_dim: int | None = None
+    decoder_layers: int = 1
+    projection_dim: int | None = None
+
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -330,6 +361,8 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"num_labels is {num_labels}, but id2label names {len(self.id2label)} classes; give one of them."
             )
+        if isinstance(self.text_config, dict):
+            self.text_config = _text_config_of(self.text_config)
         for alias, field in self.attribute_map.items():
             given = getattr(self, field)
             if alias in kwargs and given not in (type(self).__dataclass_fields__[field].default, kwargs[alias]):
@@ -443,9 +476,26 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def intermediate_size(self) -> int:
         """Hidden width of the MLPs."""
-        if not self.use_swiglu:
-            return 4 * self.n_embd
-        return math.ceil(8 * self.n_embd / 3 / 64) * 64
+        return self.mlp_width(self.n_embd)
+
+    def mlp_width(self, width: int) -> int:
+        """Hidden width of an MLP between tensors of this width."""
+        return math.ceil(8 * width / 3 / 64) * 64 if self.use_swiglu else 4 * width
+
+    @property
+    def text_width(self) -> int | None:
+        """Width of the queries' embeddings; `None` where nothing says it."""
+        if self.text_dim is not None or self.text_config is None:
+            return self.text_dim
+        return self.text_config.hidden_size
+
+    @property
+    def decoder_width(self) -> int:
+        """Width of the decoder of moment retrieval."""
+        if self.decoder_dim is not None:
+            return self.decoder_dim
+        step = 2 * self.n_head  # rotary positions turn pairs of channels
+        return math.ceil(self.n_embd / 4 / step) * step
 
     @property
     def neck_width(self) -> int:
@@ -514,6 +564,7 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_attention()
         self._check_pyramid()
         self._check_loss()
+        self._check_text()
         self.validate_rope()
         self._check_parallel()
 
@@ -664,6 +715,20 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
         unknown = [label for label in self.empty_labels if not 0 <= label < self.num_labels]
         if unknown:
             raise ValueError(f"empty_labels has {unknown}, but there are {self.num_labels} classes (id2label).")
+
+    def _check_text(self):
+        if self.decoder_width % self.n_head or (self.use_rope and self.decoder_width // self.n_head % 2):
+            step = self.n_head * (2 if self.use_rope else 1)
+            raise ValueError(
+                f"decoder_dim is {self.decoder_dim}; expected a multiple of {step} (n_head {self.n_head}"
+                f"{', and rotary positions turn pairs of channels' if self.use_rope else ''}): "
+                f"{max(round(self.decoder_width / step), 1) * step} would work."
+            )
+        width = getattr(self.text_config, "hidden_size", None)
+        if self.text_config is not None and self.text_dim not in (None, width):
+            raise ValueError(
+                f"text_dim is {self.text_dim}, but the text encoder (text_config) has hidden_size {width}; leave text_dim out."
+            )
 
     def _check_parallel(self):
         """`from_pretrained(distributed_config=...)` puts its argument here before it makes the model."""
@@ -844,6 +909,21 @@ def _fields_of_earlier_v2(path, content: dict) -> dict:
         fields["stream_dims"] = fields["n_embd"]
         fields["n_embd"] = sum(fields["n_embd"])
     return fields
+
+
+def _text_config_of(fields: dict) -> PreTrainedConfig:
+    """The config of a text model, from what `to_dict` or a user says of it."""
+    fields = dict(fields)
+    model_type = fields.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise ValueError(
+            f"text_config has model_type {model_type!r}; expected the type of a text model of transformers, such as 'bert', "
+            "or its config: AutoConfig.from_pretrained(...)."
+        )
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except ValueError as error:
+        raise ValueError(f"text_config: {error}") from error
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

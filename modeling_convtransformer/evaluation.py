@@ -1,4 +1,5 @@
-"""Mean average precision and recall of detected segments, by the ActivityNet detection protocol.
+"""Mean average precision and recall of detected segments, by the ActivityNet detection protocol; recall of moments that
+queries describe.
 
     metrics = evaluate_detections(predictions, ground_truth)
     print(metrics)                # a table, one row per tIoU threshold
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["DetectionMetrics", "evaluate_detections", "remove_duplicates"]
+__all__ = ["DetectionMetrics", "MomentMetrics", "evaluate_detections", "evaluate_moments", "remove_duplicates"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +119,7 @@ def evaluate_detections(
             (scores may be infinite, not NaN); an end before its start; labels that are negative or not integers;
             thresholds or top_k out of range. Messages name the video id and, where one value is wrong, its index.
     """
-    tiou_thresholds = np.atleast_1d(np.asarray(tiou_thresholds, dtype=np.float64))
-    if tiou_thresholds.size == 0 or not ((tiou_thresholds > 0) & (tiou_thresholds <= 1)).all():
-        raise ValueError(f"tiou_thresholds must be one or more numbers in (0, 1], but are {tiou_thresholds.tolist()}.")
-    top_k = np.atleast_1d(np.asarray(top_k))
-    if top_k.size == 0 or top_k.dtype.kind not in "iu" or (top_k < 1).any():
-        raise ValueError(f"top_k must be one or more whole numbers >= 1, but is {top_k.tolist()}.")
+    tiou_thresholds, top_k = _thresholds(tiou_thresholds), _whole_numbers(top_k)
 
     truth = _flatten(ground_truth, "ground_truth", with_scores=False)
     if deduplicate:
@@ -381,3 +377,122 @@ def _average_precision(is_correct: np.ndarray, num_truths: int) -> np.ndarray:
     interpolated = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     # Recall rises by 1 / num_truths at each correct prediction and nowhere else.
     return (interpolated * is_correct).sum(axis=1) / num_truths
+
+
+@dataclass(frozen=True, eq=False)
+class MomentMetrics:
+    """What `evaluate_moments` found, for K values of `top_k` and T tIoU thresholds. All values are fractions in [0, 1].
+
+    Attributes:
+        top_k: (K,) and tiou_thresholds: (T,), as given.
+        recall: (K, T) "R@k, tIoU = t": the share of the queries for which one of the k best moments has at least this tIoU with
+            one of the answers.
+        mean_tiou: the mean tIoU of the best scored moment with the answer that it overlaps most; 0 where there is no moment.
+        num_queries: queries with an answer, which are those that count.
+        num_unanswerable: queries without one, which do not.
+    """
+
+    top_k: np.ndarray
+    tiou_thresholds: np.ndarray
+    recall: np.ndarray
+    mean_tiou: float
+    num_queries: int
+    num_unanswerable: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain floats under flat names: "recall_1_50" (R@1 at tIoU 0.50) and so on, and "mean_tiou"."""
+        values = {}
+        for k, row in zip(self.top_k, self.recall, strict=True):
+            for threshold, value in zip(self.tiou_thresholds, row, strict=True):
+                values[f"recall_{k}_{100 * threshold:g}"] = float(value)
+        return {**values, "mean_tiou": self.mean_tiou}
+
+    def __str__(self) -> str:
+        rows = [["", *(f"tIoU {threshold:g}" for threshold in self.tiou_thresholds)]]
+        for k, values in zip(self.top_k, self.recall, strict=True):
+            rows.append([f"R@{k}", *(f"{100 * value:.2f}%" for value in values)])
+        lines = ["  ".join(f"{cell:>9}" for cell in row) for row in rows]
+        lines.append(
+            f"{self.num_queries} queries ({self.num_unanswerable} more without an answer), mean tIoU {100 * self.mean_tiou:.2f}%"
+        )
+        return "\n".join(lines)
+
+
+def evaluate_moments(
+    predictions: Mapping[Hashable, Mapping[str, ArrayLike]],
+    ground_truth: Mapping[Hashable, ArrayLike],
+    top_k: int | Sequence[int] = (1, 5),
+    tiou_thresholds: float | Sequence[float] = (0.3, 0.5, 0.7),
+) -> MomentMetrics:
+    """Recall of retrieved moments, as temporal grounding reports it (Gao et al., "TALL: Temporal Activity Localization via
+    Language Query", ICCV 2017, https://arxiv.org/abs/1705.02101).
+
+    Moments of equal score count in the order given.
+
+    Args:
+        predictions: {query id: {"segments": (N, 2) start and end in seconds, "scores": (N,)}}; an id is what tells queries
+            apart, such as (recording, number of the query). N may be 0, and a query that is missing has found nothing.
+        ground_truth: {query id: (M, 2) seconds}, or {query id: {"segments": (M, 2)}}. M is 0 where a query has no answer.
+        top_k: one or several whole numbers >= 1.
+        tiou_thresholds: one or several numbers in (0, 1].
+
+    Raises:
+        ValueError: no query has an answer; predictions of queries that the ground truth lacks; shapes that do not fit; values
+            that are not finite; an end before its start; thresholds or top_k out of range. Messages name the query.
+    """
+    tiou_thresholds = _thresholds(tiou_thresholds)
+    top_k = _whole_numbers(top_k)
+    truth = {query: one["segments"] if isinstance(one, Mapping) else one for query, one in ground_truth.items()}
+    truth = _flatten({query: _as_detections(one) for query, one in truth.items()}, "ground_truth", with_scores=False)
+    if len(truth.segments) == 0:
+        raise ValueError(
+            f"None of the {len(ground_truth)} queries of ground_truth has an answer: there is nothing to find."
+        )
+    if unknown := [query for query in predictions if query not in ground_truth]:
+        raise ValueError(
+            f"predictions has {len(unknown)} queries that ground_truth lacks, such as {unknown[0]!r}; give the ids of the same "
+            "queries."
+        )
+    given = {query: {**one, "labels": np.zeros(len(one["scores"]), np.int64)} for query, one in predictions.items()}
+    given = _flatten(given, "predictions", with_scores=True)
+
+    number = {query: row for row, query in enumerate(ground_truth)}
+    queries = np.array([number[query] for query in predictions], dtype=np.int64)[given.videos]
+    first = np.zeros(len(ground_truth))
+    best = np.zeros((len(top_k), len(ground_truth)))
+    for row in np.unique(truth.videos):
+        own = np.flatnonzero(queries == row)
+        own = own[np.argsort(-given.scores[own], kind="stable")][: top_k.max()]
+        if len(own) == 0:
+            continue
+        starts, ends = truth.segments[truth.videos == row].T
+        tiou = _tiou(given.segments[own, 0, None], given.segments[own, 1, None], starts, ends).max(axis=1)
+        first[row] = tiou[0]
+        best[:, row] = [tiou[:k].max() for k in top_k]
+    answerable = np.unique(truth.videos)
+    return MomentMetrics(
+        top_k=top_k,
+        tiou_thresholds=tiou_thresholds,
+        recall=(best[:, None, answerable] >= tiou_thresholds[:, None]).mean(axis=-1),
+        mean_tiou=float(first[answerable].mean()),
+        num_queries=len(answerable),
+        num_unanswerable=len(ground_truth) - len(answerable),
+    )
+
+
+def _as_detections(segments: ArrayLike) -> dict[str, ArrayLike]:
+    return {"segments": segments, "labels": np.zeros(len(segments), np.int64)}
+
+
+def _thresholds(values: float | Sequence[float]) -> np.ndarray:
+    values = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    if values.size == 0 or not ((values > 0) & (values <= 1)).all():
+        raise ValueError(f"tiou_thresholds must be one or more numbers in (0, 1], but are {values.tolist()}.")
+    return values
+
+
+def _whole_numbers(values: int | Sequence[int]) -> np.ndarray:
+    values = np.atleast_1d(np.asarray(values))
+    if values.size == 0 or values.dtype.kind not in "iu" or (values < 1).any():
+        raise ValueError(f"top_k must be one or more whole numbers >= 1, but is {values.tolist()}.")
+    return values

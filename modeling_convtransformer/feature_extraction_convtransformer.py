@@ -516,6 +516,54 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
             results.append({key: _as_given(value, given) for key, value in result.items()})
         return results
 
+    def post_process_moment_retrieval(
+        self,
+        outputs,
+        geometry: dict | Sequence[dict] | None = None,
+        threshold: float | None = None,
+        top_k: int | None = None,
+        **settings,
+    ) -> list[list[dict[str, Any]]]:
+        """
+        Args:
+            outputs: of `ConvTransformerForMomentRetrieval`, or the same as arrays: `logits` (batch, queries, points),
+                `pred_segments` (batch, queries, points, 2) on the grid, `point_mask` and `point_levels` (batch, points), and
+                `query_mask` (batch, queries).
+            geometry: for each recording; with the other arguments as in `post_process_temporal_action_localization`.
+
+        Returns:
+            for each recording and each of its queries `{"scores": (N,), "segments": (N, 2)}`, segments in seconds, best first.
+
+        Raises:
+            ValueError: other outputs, unknown settings, or settings out of range.
+        """
+        get = outputs.get if isinstance(outputs, dict) else lambda name: getattr(outputs, name, None)
+        logits, segments = get("logits"), get("pred_segments")
+        if logits is None or segments is None or len(segments.shape) != 4:
+            raise ValueError(
+                "The outputs have no logits (batch, queries, points) with pred_segments (batch, queries, points, 2); expected "
+                "those of ConvTransformerForMomentRetrieval."
+            )
+        batch, queries, points = logits.shape
+        masks = {name: get(name) for name in ("point_mask", "point_levels", "query_mask")}
+        masks = {name: None if value is None else _to_array(value) for name, value in masks.items()}
+        flat = {"logits": logits.reshape(batch * queries, points, 1)}
+        flat["pred_segments"] = segments.reshape(batch * queries, points, 2)
+        for name in ("point_mask", "point_levels"):
+            flat[name] = None if masks[name] is None else np.repeat(masks[name], queries, axis=0)
+        geometries = [one for one in _one_each(geometry, batch) for _ in range(queries)]
+        found = self.post_process_temporal_action_localization(flat, geometries, threshold, top_k, **settings)
+        found = [{"scores": one["scores"], "segments": one["segments"]} for one in found]
+        is_query = np.ones((batch, queries)) if masks["query_mask"] is None else masks["query_mask"]
+        return [
+            [
+                one
+                for one, own in zip(found[row * queries : (row + 1) * queries], is_query[row], strict=True)
+                if own > 0
+            ]
+            for row in range(batch)
+        ]
+
     def to_seconds(self, segments: Sequence, geometry: dict | Sequence[dict] | None = None) -> list:
         """
         Positions on the feature grid, such as a dataset's segments, in seconds.

@@ -189,9 +189,9 @@ class ConvTransformerLoss(KeepsDtype):
     a pipeline. They count it once, and average nothing.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, num_labels: int | None = None):
         super().__init__()
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels if num_labels is None else num_labels
         self.center_sample = config.center_sample
         self.center_sample_radius = config.center_sample_radius
         self.loss_weight = config.loss_weight
@@ -212,6 +212,7 @@ class ConvTransformerLoss(KeepsDtype):
         ranges: torch.Tensor,
         labels: list[dict],
         num_items_in_batch: torch.Tensor | float | None = None,
+        match_logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
         Args:
@@ -223,10 +224,11 @@ class ConvTransformerLoss(KeepsDtype):
             num_items_in_batch: divide by this in place of the moving number of positives, which then stays as it is, and
                 leave scaling by the number of processes to the caller. For batches that are accumulated: the moving
                 number for all of them, from `count_positives` and `update_normalizer`.
+            match_logits: of the shape of `logits`, which learn the same targets; their loss is added.
 
         Returns:
-            the loss, and its parts: `cls_loss` and `reg_loss` (the loss is `cls_loss + loss_weight * reg_loss`), and
-            `num_positives` and `num_unassigned_segments`, which are counts of this process's batch.
+            the loss, and its parts: `cls_loss` and `reg_loss` (the loss is `cls_loss + loss_weight * reg_loss`), with
+            `match_logits` the `contrastive_loss`, and `num_positives` and `num_unassigned_segments`, which are counts of this process's batch.
 
         Raises:
             ValueError: see `pad_labels`.
@@ -248,12 +250,12 @@ class ConvTransformerLoss(KeepsDtype):
         loss_weight = self.loss_weight
         if loss_weight <= 0:  # balance the two
             loss_weight = cls_loss.detach() / reg_loss.detach().clamp(min=0.01)
-        return cls_loss + loss_weight * reg_loss, {
-            "cls_loss": cls_loss,
-            "reg_loss": reg_loss,
-            "num_positives": num_positives,
-            "num_unassigned_segments": unassigned.sum(),
-        }
+        loss, parts = cls_loss + loss_weight * reg_loss, {"cls_loss": cls_loss, "reg_loss": reg_loss}
+        if match_logits is not None:
+            match_loss = sigmoid_focal_loss(match_logits, class_targets).masked_fill(~point_mask[..., None], 0).sum()
+            parts["contrastive_loss"] = match_loss * world_size / normalizer
+            loss = loss + parts["contrastive_loss"]
+        return loss, {**parts, "num_positives": num_positives, "num_unassigned_segments": unassigned.sum()}
 
     def count_positives(
         self,

@@ -6,7 +6,8 @@
                                                                 | neck | classification and regression heads
                                                                 +-- points: logits, [start, end] on the feature grid
 
-Read from top to bottom: masked convolution, norms, positions, MLPs, attention, block, model, neck, heads, detector.
+Read from top to bottom: masked convolution, norms, positions, MLPs, attention, block, model, neck, heads, detector, and
+moment retrieval, where the pyramid attends to the words of a query.
 All tensors are `(batch, time, channels)`. `padding` is `(batch, time, 1)` bool, True = padded, or None = no padding.
 
 ActionFormer's release ("v1": Zhang et al., "ActionFormer: Localizing Moments of Actions with Transformers", ECCV 2022,
@@ -14,13 +15,15 @@ https://arxiv.org/abs/2202.07925) is one setting of these classes; what it share
 """
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -38,6 +41,7 @@ from .attention_convtransformer import (
     check_attention_backend,
     eager_attention_forward,
     make_attention_mask,
+    make_text_mask,
     runs_in_chunks,
 )
 from .configuration_convtransformer import ConvTransformerConfig
@@ -116,6 +120,58 @@ class ConvTransformerTemporalActionLocalizationOutput(ModelOutput):
     point_levels: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class ConvTransformerMomentRetrievalOutput(ModelOutput):
+    """
+    Output of `ConvTransformerForMomentRetrieval`. Points are those of `ConvTransformerTemporalActionLocalizationOutput`.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, with `labels`):
+            `cls_loss + loss_weight * reg_loss`, and `contrastive_loss` where there is a `projection_dim`; float32.
+        loss_dict (`dict[str, torch.Tensor]`, with `labels`):
+            `cls_loss` (focal), `reg_loss` (distance IoU), `contrastive_loss`, `num_positives` and
+            `num_unassigned_segments` (counts).
+        logits (`torch.FloatTensor` of shape `(batch, queries, points)`):
+            Whether a point answers a query; a sigmoid makes them scores.
+        pred_segments (`torch.FloatTensor` of shape `(batch, queries, points, 2)`):
+            Start and end of the segment that each point predicts, float32, on the feature grid.
+        point_mask (`torch.LongTensor` of shape `(batch, points)`):
+            1 where a point is valid, 0 where it is padded.
+        point_levels (`torch.LongTensor` of shape `(batch, points)`):
+            The level that a point belongs to; 0 is the finest.
+        query_mask (`torch.LongTensor` of shape `(batch, queries)`):
+            1 where there is a query, 0 where a recording has fewer than others of the batch.
+        hidden_states, attentions: of the recordings, see `ConvTransformerModelOutput`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_dict: dict | None = None
+    logits: torch.FloatTensor | None = None
+    pred_segments: torch.FloatTensor | None = None
+    point_mask: torch.LongTensor | None = None
+    point_levels: torch.LongTensor | None = None
+    query_mask: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class ConvTransformerSegmentFeaturesOutput(ModelOutput):
+    """
+    What is kept of a recording to search many, from `ConvTransformerForMomentRetrieval.get_segment_features`.
+
+    Args:
+        embeds (`torch.FloatTensor` of shape `(batch, points, projection_dim)`):
+            Of every point, of length 1.
+        point_mask, point_levels (`torch.LongTensor` of shape `(batch, points)`):
+            As in `ConvTransformerMomentRetrievalOutput`.
+    """
+
+    embeds: torch.FloatTensor | None = None
+    point_mask: torch.LongTensor | None = None
+    point_levels: torch.LongTensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,8 +392,8 @@ class Add(nn.Module):
         return residual + x
 
 
-def make_drop_path(config) -> nn.Module:
-    return AffineDropPath(config.n_embd, config.path_pdrop) if config.path_pdrop > 0 else Add()
+def make_drop_path(config, width: int) -> nn.Module:
+    return AffineDropPath(width, config.path_pdrop) if config.path_pdrop > 0 else Add()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,10 +408,11 @@ class ConvTransformerRotaryEmbedding(KeepsDtype):
 
     inv_freq: torch.Tensor
 
-    def __init__(self, config: ConvTransformerConfig, device=None):
+    def __init__(self, config: ConvTransformerConfig, head_dim: int | None = None, device=None):
         super().__init__()
         # transformers looks for an attention head's width in `head_dim`, which here is the width of the detection heads.
-        self.config = type(config).from_dict({**config.to_dict(), "head_dim": config.n_embd // config.n_head})
+        head_dim = config.n_embd // config.n_head if head_dim is None else head_dim
+        self.config = type(config).from_dict({**config.to_dict(), "head_dim": head_dim})
         self.max_seq_len_cached = config.max_len
         self.original_max_seq_len = config.max_len
         self.rope_type = self.config.rope_parameters["rope_type"]
@@ -442,10 +499,10 @@ class PositionTable(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, width: int):
         super().__init__()
-        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd)
+        self.up_proj = nn.Linear(width, config.mlp_width(width))
+        self.down_proj = nn.Linear(config.mlp_width(width), width)
         self.dropout = nn.Dropout(config.proj_pdrop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -456,11 +513,11 @@ class GeluMLP(nn.Module):
 class SwigluMLP(nn.Module):
     """Gated MLP (Shazeer, 2020, https://arxiv.org/abs/2002.05202)."""
 
-    def __init__(self, config):
+    def __init__(self, config, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.intermediate_size)
-        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd)
+        self.gate_proj = nn.Linear(width, config.mlp_width(width))
+        self.up_proj = nn.Linear(width, config.mlp_width(width))
+        self.down_proj = nn.Linear(config.mlp_width(width), width)
         self.dropout = nn.Dropout(config.proj_pdrop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -478,7 +535,8 @@ MLPS = {True: SwigluMLP, False: GeluMLP}  # by use_swiglu
 class ConvTransformerAttention(nn.Module):
     r"""
     Multi-head attention over time whose queries, keys and values each pass a depthwise convolution (which brings local
-    order, and the stride of a branch block) and a norm of their own before the projection.
+    order, and the stride of a branch block) and a norm of their own before the projection. With `is_cross`, keys and
+    values are words, which pass no convolution and have no rotary positions: their encoder has given them an order.
 
         n_head 4, n_kv_head 4 (MHA)     n_kv_head 2 (GQA)     n_kv_head 1 (MQA)
         q q q q                         q q q q               q q q q
@@ -486,13 +544,23 @@ class ConvTransformerAttention(nn.Module):
         k k k k                          k    k                   k
     """
 
-    def __init__(self, config: ConvTransformerConfig, level: int, stride: int, layer_idx: int):
+    def __init__(
+        self,
+        config: ConvTransformerConfig,
+        level: int,
+        stride: int,
+        layer_idx: int,
+        width: int | None = None,
+        is_cross: bool = False,
+    ):
         super().__init__()
+        width = config.n_embd if width is None else width
         self.config = config
         self.layer_idx = layer_idx
-        self.is_causal = config.is_causal
-        self.window = config.window_sizes[level]
-        self.head_dim = config.n_embd // config.n_head
+        self.is_cross = is_cross
+        self.is_causal = config.is_causal and not is_cross
+        self.window = -1 if is_cross else config.window_sizes[level]
+        self.head_dim = width // config.n_head
         self.scaling = self.head_dim**-0.5
         kv_heads = config.n_kv_head or config.n_head
         self.num_key_value_groups = config.n_head // kv_heads
@@ -500,15 +568,15 @@ class ConvTransformerAttention(nn.Module):
 
         kernel_size = stride + 1 if stride > 1 else 3
         for name in ("query", "key", "value"):
-            conv = MaskedConv1d(
-                config, config.n_embd, config.n_embd, kernel_size, stride, groups=config.n_embd, bias=False
-            )
+            conv = Identity()
+            if not is_cross or name == "query":
+                conv = MaskedConv1d(config, width, width, kernel_size, stride, groups=width, bias=False)
             self.add_module(f"{name}_conv", conv)
-            self.add_module(f"{name}_norm", make_norm(config, config.n_embd))
-        self.q_proj = nn.Linear(config.n_embd, config.n_head * self.head_dim)
-        self.k_proj = nn.Linear(config.n_embd, kv_heads * self.head_dim)
-        self.v_proj = nn.Linear(config.n_embd, kv_heads * self.head_dim)
-        self.o_proj = nn.Linear(config.n_head * self.head_dim, config.n_embd)
+            self.add_module(f"{name}_norm", make_norm(config, width))
+        self.q_proj = nn.Linear(width, config.n_head * self.head_dim)
+        self.k_proj = nn.Linear(width, kv_heads * self.head_dim)
+        self.v_proj = nn.Linear(width, kv_heads * self.head_dim)
+        self.o_proj = nn.Linear(config.n_head * self.head_dim, width)
         self.dropout = nn.Dropout(config.proj_pdrop)
         self.relative_bias = None
         if config.use_rel_pe and self.window > 1:
@@ -521,11 +589,18 @@ class ConvTransformerAttention(nn.Module):
         out_padding: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        text: torch.Tensor | None = None,
+        text_padding: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = self._heads(self.q_proj(self.query_norm(self.query_conv(hidden_states, padding), out_padding)), rotary)
-        key = self._heads(self.k_proj(self.key_norm(self.key_conv(hidden_states, padding), out_padding)), rotary)
-        value = self._heads(self.v_proj(self.value_norm(self.value_conv(hidden_states, padding), out_padding)))
+        source, key_padding = hidden_states, out_padding
+        if self.is_cross:
+            source, padding, key_padding = text, text_padding, text_padding
+            query = repeat_for_queries(query, text)
+            out_padding = repeat_for_queries(out_padding, text)
+        key = self._heads(self.k_proj(self.key_norm(self.key_conv(source, padding), key_padding)), rotary)
+        value = self._heads(self.v_proj(self.value_norm(self.value_conv(source, padding), key_padding)))
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -554,18 +629,35 @@ class ConvTransformerAttention(nn.Module):
         return x if rotary is None else rotate(x, *rotary).to(x.dtype)
 
 
-class ConvTransformerBlock(GradientCheckpointingLayer):
-    """Pre-norm transformer block; in a branch, attention and skip path shorten the sequence by `stride`."""
+def repeat_for_queries(x: torch.Tensor | None, text: torch.Tensor) -> torch.Tensor | None:
+    """(recordings, ...) once for each query of a recording; `text` is (recordings * queries, ...)."""
+    return x if x is None or len(x) == len(text) else x.repeat_interleave(len(text) // len(x), dim=0)
 
-    def __init__(self, config: ConvTransformerConfig, level: int, stride: int, layer_idx: int):
+
+class ConvTransformerBlock(GradientCheckpointingLayer):
+    """
+    Pre-norm transformer block; in a branch, attention and skip path shorten the sequence by `stride`; with `is_cross`, time
+    attends to the words of a query. `width` is the config's `n_embd`, if it is not given.
+    """
+
+    def __init__(
+        self,
+        config: ConvTransformerConfig,
+        level: int,
+        stride: int,
+        layer_idx: int,
+        width: int | None = None,
+        is_cross: bool = False,
+    ):
         super().__init__()
-        self.ln1 = make_norm(config, config.n_embd)
-        self.attn = ConvTransformerAttention(config, level, stride, layer_idx)
+        width = config.n_embd if width is None else width
+        self.ln1 = make_norm(config, width)
+        self.attn = ConvTransformerAttention(config, level, stride, layer_idx, width, is_cross)
         self.pool_skip = MaskedMaxPool1d(config, stride) if stride > 1 else Identity()
-        self.drop_path_attn = make_drop_path(config)
-        self.ln2 = make_norm(config, config.n_embd)
-        self.mlp = MLPS[config.use_swiglu](config)
-        self.drop_path_mlp = make_drop_path(config)
+        self.drop_path_attn = make_drop_path(config, width)
+        self.ln2 = make_norm(config, width)
+        self.mlp = MLPS[config.use_swiglu](config, width)
+        self.drop_path_mlp = make_drop_path(config, width)
 
     def forward(
         self,
@@ -574,22 +666,35 @@ class ConvTransformerBlock(GradientCheckpointingLayer):
         out_padding: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        text: torch.Tensor | None = None,
+        text_padding: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
         Args:
-            hidden_states: (batch, time, n_embd).
+            hidden_states: (batch, time, width).
             padding, out_padding: (batch, time, 1) and (batch, ceil(time / stride), 1) bool, True = padded.
-            attention_mask: of the level that this block writes, from `make_attention_mask`.
+            attention_mask: of the level that this block writes, from `make_attention_mask`; of the words, from
+                `make_text_mask`.
             rotary: cosine and sine for the steps of that level.
+            text, text_padding: with `is_cross`, (batch * queries, words, width) and (batch * queries, words, 1).
 
         Returns:
-            (batch, ceil(time / stride), n_embd), zero at padded steps.
+            (batch, ceil(time / stride), width), zero at padded steps; (batch * queries, time, width) with `is_cross`.
         """
         attended, _ = self.attn(
-            self.ln1(hidden_states, padding), padding, out_padding, attention_mask, rotary, **kwargs
+            self.ln1(hidden_states, padding),
+            padding,
+            out_padding,
+            attention_mask,
+            rotary,
+            text,
+            text_padding,
+            **kwargs,
         )
         skipped = zero_padding(self.pool_skip(hidden_states, padding), out_padding)
+        if text is not None:
+            skipped, out_padding = repeat_for_queries(skipped, text), repeat_for_queries(out_padding, text)
         hidden_states = self.drop_path_attn(skipped, attended)
         update = zero_padding(self._run_mlp(hidden_states, out_padding), out_padding)
         return self.drop_path_mlp(hidden_states, update)
@@ -754,6 +859,9 @@ class ConvTransformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
             init.trunc_normal_(module.relative_bias, std=math.sqrt(2.0 / self.config.n_embd))
         elif isinstance(module, RegressionHead):
             init.ones_(module.scale)
+        elif isinstance(module, MatchScale):
+            init.constant_(module.scale, module.scale_init)
+            init.constant_(module.bias, module.bias_init)
         elif isinstance(module, ConvTransformerLoss):
             init.constant_(module.loss_normalizer, module.initial_normalizer)
 
@@ -979,56 +1087,88 @@ NECKS = {"identity": IdentityNeck, "fpn": FeaturePyramidNeck}
 class ConvHead(nn.Module):
     """A tower of convolutions with norm and ReLU and a last convolution, shared by all levels."""
 
-    def __init__(self, config: ConvTransformerConfig, out_channels: int, bias_init: float | list[float] = 0.0):
+    def __init__(
+        self,
+        config: ConvTransformerConfig,
+        in_width: int,
+        width: int,
+        out_channels: int,
+        bias_init: float | list[float] = 0.0,
+    ):
         super().__init__()
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
-        in_width = config.neck_width
         for _ in range(config.head_num_layers - 1):
-            conv = MaskedConv1d(
-                config, in_width, config.head_width, config.head_kernel_size, bias=not config.head_with_ln
-            )
+            conv = MaskedConv1d(config, in_width, width, config.head_kernel_size, bias=not config.head_with_ln)
             self.convs.append(conv)
-            self.norms.append(make_norm(config, config.head_width) if config.head_with_ln else Identity())
-            in_width = config.head_width
+            self.norms.append(make_norm(config, width) if config.head_with_ln else Identity())
+            in_width = width
         self.output = MaskedConv1d(config, in_width, out_channels, config.head_kernel_size, bias_init=bias_init)
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        """(batch, time, neck width) to (batch, time, out_channels)."""
+        """(batch, time, in_width) to (batch, time, out_channels)."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(conv(x, padding), padding))
         return self.output(x, padding)
 
 
 class ClassificationHead(ConvHead):
-    """Logits that start from the scores `cls_prior_prob`, and 1e-6 for classes without data."""
+    """Logits that start from the scores `cls_prior_prob`, and 1e-6 for classes without data (`empty_labels`)."""
 
-    def __init__(self, config: ConvTransformerConfig):
-        scores = [
-            1e-6 if label in config.empty_labels else config.cls_prior_prob for label in range(config.num_labels)
-        ]
-        super().__init__(config, config.num_labels, [-math.log((1 - score) / score) for score in scores])
+    def __init__(self, config, in_width: int, width: int, num_labels: int, empty_labels: Sequence[int] = ()):
+        scores = [1e-6 if label in empty_labels else config.cls_prior_prob for label in range(num_labels)]
+        super().__init__(config, in_width, width, num_labels, [-math.log((1 - score) / score) for score in scores])
 
 
 class RegressionHead(ConvHead):
     """Distances from a point to start and end, in strides, 0 or more, float32; with a learned scale for each level."""
 
-    def __init__(self, config: ConvTransformerConfig):
-        super().__init__(config, 2)
+    def __init__(self, config: ConvTransformerConfig, in_width: int, width: int):
+        super().__init__(config, in_width, width, 2)
         self.scale = nn.Parameter(torch.ones(len(config.detector_strides)))
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None, level: int) -> torch.Tensor:
         return F.relu(super().forward(x, padding).float() * self.scale[level].float())
 
 
-class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedModel):
+class PointsMixin:
+    """The points of the pyramid that a detector's heads see."""
+
+    def _mask_points(self, features: Sequence[torch.Tensor], valids: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """(batch, points) long, 1 = valid, of levels and their masks."""
+        masks = [
+            torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if valid is None else valid.long()
+            for x, valid in zip(features, valids, strict=True)
+        ]
+        return torch.cat(masks, dim=1)
+
+    def _make_ranges(self, levels: torch.Tensor) -> torch.Tensor:
+        """The regression range of every point, (points, 2), float32, on the feature grid."""
+        return torch.tensor(self.config.detector_ranges, dtype=torch.float32, device=levels.device)[levels]
+
+    def _make_points(self, lengths: list[int], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Position on the feature grid, stride (both float32) and level of every point, each (points,)."""
+        strides = self.config.detector_strides
+        steps = zip(lengths, strides, strict=True)
+        points = torch.cat([torch.arange(length, device=device) * stride for length, stride in steps])
+        levels = torch.cat([torch.full((length,), level, device=device) for level, length in enumerate(lengths)])
+        return points.float(), torch.tensor(strides, dtype=torch.float32, device=device)[levels], levels
+
+
+def segments_of(points: torch.Tensor, strides: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Start and end on the feature grid, (..., points, 2), of distances in strides."""
+    return torch.stack((points - offsets[..., 0] * strides, points + offsets[..., 1] * strides), dim=-1)
+
+
+class ConvTransformerForTemporalActionLocalization(PointsMixin, ConvTransformerPreTrainedModel):
     """The detector: for every point of the pyramid a score for each class and a segment around it."""
 
     def __init__(self, config: ConvTransformerConfig):
         super().__init__(config)
         self.model = ConvTransformerModel(config)
         self.neck = NECKS[config.fpn_type](config)
-        self.class_head = ClassificationHead(config)
-        self.segment_head = RegressionHead(config)
+        widths = (config.neck_width, config.head_width)
+        self.class_head = ClassificationHead(config, *widths, config.num_labels, config.empty_labels)
+        self.segment_head = RegressionHead(config, *widths)
         self.criterion = ConvTransformerLoss(config)
         self.post_init()
 
@@ -1089,13 +1229,9 @@ class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedMode
             [self.segment_head(x, p, level) for level, (x, p) in enumerate(zip(features, paddings, strict=True))],
             dim=1,
         )
-        masks = [
-            torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if valid is None else valid.long()
-            for x, valid in zip(features, valids, strict=True)
-        ]
-        point_mask = torch.cat(masks, dim=1)
+        point_mask = self._mask_points(features, valids)
         points, strides, levels = self._make_points([x.shape[1] for x in features], offsets.device)
-        pred_segments = torch.stack((points - offsets[..., 0] * strides, points + offsets[..., 1] * strides), dim=-1)
+        pred_segments = segments_of(points, strides, offsets)
 
         loss = loss_dict = None
         if labels is not None:
@@ -1127,25 +1263,445 @@ class ConvTransformerForTemporalActionLocalization(ConvTransformerPreTrainedMode
             torch.cat(masks, dim=1), points, strides, self._make_ranges(levels), labels
         )
 
-    def _make_ranges(self, levels: torch.Tensor) -> torch.Tensor:
-        """The regression range of every point, (points, 2), float32, on the feature grid."""
-        return torch.tensor(self.config.detector_ranges, dtype=torch.float32, device=levels.device)[levels]
 
-    def _make_points(self, lengths: list[int], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Position on the feature grid, stride (both float32) and level of every point, each (points,)."""
-        strides = self.config.detector_strides
-        steps = zip(lengths, strides, strict=True)
-        points = torch.cat([torch.arange(length, device=device) * stride for length, stride in steps])
-        levels = torch.cat([torch.full((length,), level, device=device) for level, length in enumerate(lengths)])
-        return points.float(), torch.tensor(strides, dtype=torch.float32, device=device)[levels], levels
+# ---------------------------------------------------------------------------------------------------------------------
+# Moment retrieval
+
+# Steps of all queries that an inference decodes together: enough for kernels, few enough for a processor's cache.
+_STEPS_AT_ONCE = 16384
+
+
+class MatchScale(nn.Module):
+    """The logit of a cosine: learned scale and bias, as in SigLIP (Zhai et al., 2023, https://arxiv.org/abs/2303.15343)."""
+
+    def __init__(self, config: ConvTransformerConfig):
+        super().__init__()
+        self.scale_init = 10.0
+        self.bias_init = -math.log((1 - config.cls_prior_prob) / config.cls_prior_prob)
+        self.scale = nn.Parameter(torch.tensor(self.scale_init))
+        self.bias = nn.Parameter(torch.tensor(self.bias_init))
+
+    def forward(self, cosine: torch.Tensor) -> torch.Tensor:
+        return cosine.float() * self.scale.float() + self.bias.float()
+
+
+class ConvTransformerDecoder(nn.Module):
+    """
+    Reads a pyramid with a query in mind. Every layer is two blocks, which all levels share: one over time, as in the
+    encoder, and one from time to the words of the query. What comes before the first word is the same for all queries and is
+    computed once for a recording; beside this, a query costs what `decoder_dim` says. (That the recording is
+    encoded once for all its queries, and that fusion comes late and is narrow, is what makes many queries affordable: Mu et
+    al., "SnAG: Scalable and Accurate Video Grounding", CVPR 2024, https://arxiv.org/abs/2404.02257.)
+    """
+
+    def __init__(self, config: ConvTransformerConfig):
+        super().__init__()
+        self.config = config
+        width, level = config.decoder_width, config.fpn_start_level
+        self.time_proj = nn.Linear(config.neck_width, width)
+        self.text_proj = nn.Linear(config.text_width, width)
+        self.time_blocks, self.text_blocks = nn.ModuleList(), nn.ModuleList()
+        for index in range(config.decoder_layers):
+            self.time_blocks.append(ConvTransformerBlock(config, level, 1, 2 * index, width))
+            self.text_blocks.append(ConvTransformerBlock(config, level, 1, 2 * index + 1, width, is_cross=True))
+        self.rotary_emb = ConvTransformerRotaryEmbedding(config, width // config.n_head) if config.use_rope else None
+        self.norm = make_norm(config, width)
+        self.class_head = ClassificationHead(config, width, width, num_labels=1)
+        self.segment_head = RegressionHead(config, width, width)
+
+    def forward(
+        self,
+        features: Sequence[torch.Tensor],
+        valids: Sequence[torch.Tensor | None],
+        text: torch.Tensor,
+        text_valid: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            features, valids: the levels after the neck, finest first, each (batch, time / stride, channels), and their masks,
+                each (batch, time / stride) bool, True = valid, or `None` = no padding.
+            text: (batch, queries, words, text width); text_valid: (batch, queries, words) bool or `None`.
+
+        Returns:
+            logits (batch, queries, points) and offsets (batch, queries, points, 2) in strides, 0 or more, float32.
+        """
+        batch, queries = text.shape[:2]
+        text = self.text_proj(text)
+        levels = [self._read_time(x, valid, **kwargs) for x, valid in zip(features, valids, strict=True)]
+        count = queries
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            count = max(_STEPS_AT_ONCE // (batch * features[0].shape[1]), 1)
+        logits, offsets = [], []
+        for first in range(0, queries, count):
+            some = slice(first, first + count)
+            of_text = None if text_valid is None else text_valid[:, some].flatten(0, 1)
+            decoded = [
+                self._read_text(level, *one, text[:, some].flatten(0, 1), of_text, **kwargs)
+                for level, one in enumerate(levels)
+            ]
+            for parts, one in zip((logits, offsets), zip(*decoded, strict=True), strict=True):
+                parts.append(torch.cat(one, dim=1).unflatten(0, (batch, -1)))
+        return torch.cat(logits, dim=1).squeeze(-1), torch.cat(offsets, dim=1)
+
+    def _read_time(self, x: torch.Tensor, valid: torch.Tensor | None, **kwargs) -> tuple:
+        """A level before it has seen a word, and its mask."""
+        padding = None if valid is None else ~valid[..., None]
+        x = zero_padding(self.time_proj(x), padding)
+        return self._look_around(self.time_blocks[0], x, valid, **kwargs), valid
+
+    def _look_around(self, block: nn.Module, x: torch.Tensor, valid: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        padding, config, length = None if valid is None else ~valid[..., None], self.config, x.shape[1]
+        rotary = None
+        if self.rotary_emb is not None:
+            rotary = self.rotary_emb(x, torch.arange(length, device=x.device)[None])
+        mask = make_attention_mask(
+            config._attn_implementation, valid, length, block.attn.window, config.is_causal, x.dtype, x.device
+        )
+        return block(x, padding, padding, mask, rotary, **kwargs)
+
+    def _read_text(
+        self, level: int, x: torch.Tensor, valid: torch.Tensor | None, text: torch.Tensor, text_valid, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (batch * queries, time, 1) and offsets (batch * queries, time, 2) of a level."""
+        mask = make_text_mask(self.config._attn_implementation, text_valid, x.dtype)
+        text_padding = None if text_valid is None else ~text_valid[..., None]
+        for index, block in enumerate(self.text_blocks):
+            if index:
+                x = self._look_around(self.time_blocks[index], x, valid, **kwargs)
+            padding = None if valid is None else ~valid[..., None]
+            x = block(x, padding, padding, mask, None, text, text_padding, **kwargs)
+            valid = repeat_for_queries(valid, text)
+        padding = None if valid is None else ~valid[..., None]
+        x = self.norm(x, padding)
+        return self.class_head(x, padding), self.segment_head(x, padding, level)
+
+
+class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedModel):
+    """
+    Moments in a recording that a text describes: for every query and every point of the pyramid a score and a segment.
+
+    Queries are token ids, for a text encoder inside the model (`config.text_config`; frozen unless `freeze_text_encoder` is
+    False), or embeddings of their words from any other encoder (`config.text_dim` wide). With `config.projection_dim`,
+    points and queries also have embeddings in one space, for search over many recordings.
+
+    Raises:
+        ValueError: the config says neither `text_config` nor `text_dim`.
+    """
+
+    def __init__(self, config: ConvTransformerConfig):
+        super().__init__(config)
+        if config.text_width is None:
+            raise ValueError(
+                "Moment retrieval needs a text encoder, text_config=AutoConfig.from_pretrained(...), or the width of the "
+                "embeddings that queries are given as: text_dim=384, say."
+            )
+        self.model = ConvTransformerModel(config)
+        self.neck = NECKS[config.fpn_type](config)
+        self.decoder = ConvTransformerDecoder(config)
+        self.text_encoder = None
+        if config.text_config is not None:
+            # Of encoder-decoder models (T5), this is the encoder.
+            has_encoder = type(config.text_config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+            self.text_encoder = (AutoModelForTextEncoding if has_encoder else AutoModel).from_config(
+                config.text_config
+            )
+        self.match = None
+        if config.projection_dim is not None:
+            self.segment_projection = nn.Linear(config.neck_width, config.projection_dim)
+            self.text_projection = nn.Linear(config.text_width, config.projection_dim)
+            self.match = MatchScale(config)
+        self.criterion = ConvTransformerLoss(config, num_labels=1)
+        self.post_init()
+        self._freeze_text_encoder()
+
+    def _freeze_text_encoder(self):
+        if self.text_encoder is not None:
+            self.text_encoder.requires_grad_(not self.config.freeze_text_encoder)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers."""
+        result = super().from_pretrained(*args, **kwargs)
+        # What is loaded takes the place of the frozen parameters that `__init__` has made.
+        (result[0] if isinstance(result, tuple) else result)._freeze_text_encoder()
+        return result
+
+    @classmethod
+    def from_text_pretrained(
+        cls, text_model: str | os.PathLike, config: ConvTransformerConfig, **kwargs
+    ) -> "ConvTransformerForMomentRetrieval":
+        """
+        A new model with a trained text encoder, which is saved with it.
+
+        Args:
+            text_model: name or folder of a text model of transformers, such as "sentence-transformers/all-MiniLM-L6-v2".
+            config: of the model; its `text_config` is replaced.
+            kwargs: for `AutoModelForTextEncoding.from_pretrained` (or `AutoModel`'s), such as `revision`.
+        """
+        text_config = AutoConfig.from_pretrained(text_model, **kwargs)
+        has_encoder = type(text_config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+        encoder = (AutoModelForTextEncoding if has_encoder else AutoModel).from_pretrained(text_model, **kwargs)
+        fields = {**config.to_dict(), "text_config": encoder.config.to_dict(), "text_dim": None}
+        model = cls(type(config).from_dict(fields, attn_implementation=config._attn_implementation))
+        model.text_encoder.load_state_dict(encoder.state_dict())
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.text_encoder is not None and self.config.freeze_text_encoder:
+            self.text_encoder.eval()  # no dropout in what does not learn
+        return self
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        query_embeds: torch.Tensor | None = None,
+        query_input_ids: torch.Tensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
+        labels: list[list[dict]] | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ConvTransformerMomentRetrievalOutput:
+        r"""
+        Args:
+            input_features (`torch.Tensor` of shape `(batch, time, n_in)`):
+                Features; several streams lie side by side in the last dimension. Any `time >= 1`.
+            attention_mask (`torch.Tensor` of shape `(batch, time)`, *optional*):
+                1 or True where a step is valid, 0 where it is padded. Without padding, leave it out.
+            query_embeds (`torch.Tensor` of shape `(batch, queries, words, text_dim)`):
+                Embeddings of the words of each recording's queries. Either these, or
+            query_input_ids (`torch.LongTensor` of shape `(batch, queries, words)`):
+                their token ids, for the model's text encoder.
+            query_attention_mask (`torch.Tensor` of shape `(batch, queries, words)`, *optional*):
+                1 or True where a word is valid. A recording with fewer queries than others has some without a valid word.
+            labels (list of lists of `dict`, *optional*):
+                For each sample and each of its queries `segments` (`(N, 2)`, start and end on the feature grid). N is 0 where
+                a query has no answer.
+            num_items_in_batch (`torch.Tensor` or `float`, *optional*):
+                See `ConvTransformerForTemporalActionLocalization`.
+
+        Raises:
+            ValueError: shapes that do not fit, no query, or labels that the model cannot learn; the message names the sample.
+        """
+        attention_mask = self.model.check_inputs(input_features, attention_mask)
+        text, text_valid = self.encode_queries(query_embeds, query_input_ids, query_attention_mask)
+        if len(text) != len(input_features):
+            raise ValueError(
+                f"There are queries for {len(text)} recordings, but {len(input_features)} recordings; give each its own: the "
+                "first axis of queries is the batch."
+            )
+        outputs = self.model(input_features, attention_mask, return_dict=True, **kwargs)
+        features, valids = self._apply_neck(outputs, attention_mask)
+        logits, offsets = self.decoder(features, valids, text.to(features[0].dtype), text_valid)
+
+        point_mask = self._mask_points(features, valids)
+        points, strides, levels = self._make_points([x.shape[1] for x in features], offsets.device)
+        query_mask = torch.ones(logits.shape[:2], dtype=torch.long, device=logits.device)
+        if text_valid is not None:
+            query_mask = text_valid.any(dim=-1).long()
+
+        loss = loss_dict = None
+        if labels is not None:
+            matches = None
+            if self.match is not None:
+                embeds = self._embed_points(features)
+                matches = self.match_scores(self._embed_text(text, text_valid), embeds).flatten(0, 1)[..., None]
+            loss, loss_dict = self.criterion(
+                logits.flatten(0, 1)[..., None],
+                offsets.flatten(0, 1),
+                (point_mask[:, None] * query_mask[..., None]).bool().flatten(0, 1),
+                points,
+                strides,
+                self._make_ranges(levels),
+                _labels_of_queries(labels, query_mask),
+                num_items_in_batch,
+                matches,
+            )
+        return ConvTransformerMomentRetrievalOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=logits,
+            pred_segments=segments_of(points, strides, offsets),
+            point_mask=point_mask,
+            point_levels=levels.expand(len(point_mask), -1),
+            query_mask=query_mask,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def encode_queries(
+        self,
+        query_embeds: torch.Tensor | None = None,
+        query_input_ids: torch.Tensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Embeddings of the queries' words, (batch, queries, words, text width), and their mask, (batch, queries, words) bool, or
+        `None` if nothing is padded; arguments as in `forward`. For queries that are asked of many recordings: give the
+        embeddings back as `query_embeds`.
+
+        Raises:
+            ValueError: neither ids nor embeddings, or both; shapes that do not fit; more words than the text encoder takes.
+        """
+        if (query_embeds is None) == (query_input_ids is None):
+            raise ValueError(
+                f"{'Neither' if query_embeds is None else 'Both'} query_embeds {'nor' if query_embeds is None else 'and'} "
+                "query_input_ids given; expected one of them."
+            )
+        name, given = (
+            ("query_embeds", query_embeds) if query_embeds is not None else ("query_input_ids", query_input_ids)
+        )
+        axes = ["batch", "queries", "words"] + (["text width"] if query_embeds is not None else [])
+        if given.dim() != len(axes) or 0 in given.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(given.shape)}; expected ({', '.join(axes)}), none of them 0: at least one query of "
+                "at least one word for each recording."
+            )
+        if query_attention_mask is not None and query_attention_mask.shape != given.shape[:3]:
+            raise ValueError(
+                f"query_attention_mask has shape {tuple(query_attention_mask.shape)}; expected {tuple(given.shape[:3])}, "
+                "(batch, queries, words)."
+            )
+        valid = None if query_attention_mask is None else query_attention_mask.to(given.device).bool()
+        if valid is not None and not torch.compiler.is_compiling() and not torch.jit.is_tracing() and valid.all():
+            valid = None
+        if query_embeds is not None:
+            if given.shape[-1] != self.config.text_width:
+                raise ValueError(
+                    f"query_embeds is {given.shape[-1]} wide (shape {tuple(given.shape)}), but this model reads text of width "
+                    f"{self.config.text_width} (text_config or text_dim). Use the text encoder that it was trained with."
+                )
+            return zero_padding(query_embeds, None if valid is None else ~valid[..., None]), valid
+        if self.text_encoder is None:
+            raise ValueError(
+                "This model has no text encoder (text_config) for query_input_ids; give query_embeds, (batch, queries, words, "
+                f"{self.config.text_width})."
+            )
+        most = getattr(self.config.text_config, "max_position_embeddings", None)
+        if most is not None and given.shape[-1] > most:
+            raise ValueError(
+                f"query_input_ids has {given.shape[-1]} tokens, but the text encoder takes at most {most}; shorten the query."
+            )
+        tokens_valid = torch.ones_like(given, dtype=torch.bool) if valid is None else valid
+        # A query that is padding throughout has no word to attend to, which some encoders answer with NaN.
+        visible = (tokens_valid | ~tokens_valid.any(dim=-1, keepdim=True)).flatten(0, 1).long()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text_encoder):
+            hidden = self.text_encoder(given.flatten(0, 1), attention_mask=visible, return_dict=True).last_hidden_state
+        hidden = hidden.unflatten(0, given.shape[:2])
+        return zero_padding(hidden, None if valid is None else ~valid[..., None]), valid
+
+    def get_segment_features(
+        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> ConvTransformerSegmentFeaturesOutput:
+        """
+        Embeddings of a recording's points, to be compared with those of queries (`match_scores`): no query is needed.
+
+        Args:
+            input_features, attention_mask: as in `forward`.
+
+        Raises:
+            ValueError: the model has no contrastive head (`projection_dim`), or shapes do not fit.
+        """
+        self._check_match()
+        attention_mask = self.model.check_inputs(input_features, attention_mask)
+        outputs = self.model(input_features, attention_mask, return_dict=True)
+        features, valids = self._apply_neck(outputs, attention_mask)
+        _, _, levels = self._make_points([x.shape[1] for x in features], input_features.device)
+        return ConvTransformerSegmentFeaturesOutput(
+            embeds=self._embed_points(features),
+            point_mask=self._mask_points(features, valids),
+            point_levels=levels.expand(len(input_features), -1),
+        )
+
+    def get_text_features(
+        self,
+        query_embeds: torch.Tensor | None = None,
+        query_input_ids: torch.Tensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Embeddings of queries, (batch, queries, projection_dim), of length 1; arguments as in `forward`.
+
+        Raises:
+            ValueError: the model has no contrastive head (`projection_dim`), or as in `encode_queries`.
+        """
+        self._check_match()
+        return self._embed_text(*self.encode_queries(query_embeds, query_input_ids, query_attention_mask))
+
+    def match_scores(self, text_embeds: torch.Tensor, segment_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        How well points fit queries, as logits, float32.
+
+        Args:
+            text_embeds: (..., queries, projection_dim); segment_embeds: (..., points, projection_dim), both of length 1.
+
+        Returns:
+            (..., queries, points).
+        """
+        return self.match(text_embeds.float() @ segment_embeds.float().transpose(-1, -2))
+
+    def _check_match(self):
+        if self.match is None:
+            raise ValueError(
+                "This model has no contrastive head, and so no embeddings to search with; train one with projection_dim=128, "
+                "say, in its config."
+            )
+
+    def _apply_neck(self, outputs, attention_mask) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """The levels that the heads see, and their masks."""
+        start = self.config.fpn_start_level
+        valids = [None if attention_mask is None else mask.bool() for mask in outputs.feature_masks[start:]]
+        paddings = [None if valid is None else ~valid[..., None] for valid in valids]
+        return self.neck(outputs.feature_maps[start:], paddings), valids
+
+    def _embed_points(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        return F.normalize(self.segment_projection(torch.cat(list(features), dim=1)), dim=-1)
+
+    def _embed_text(self, text: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        text = text.to(self.text_projection.weight.dtype)
+        count = text.shape[-2] if valid is None else valid.sum(dim=-1, keepdim=True).clamp(min=1)
+        return F.normalize(self.text_projection(text.sum(dim=-2) / count), dim=-1)
+
+
+def _labels_of_queries(labels: list[list[dict]], query_mask: torch.Tensor) -> list[dict]:
+    """Labels of one class for each query of each recording, with none for those that are padding."""
+    if len(labels) != len(query_mask):
+        raise ValueError(
+            f"labels has {len(labels)} entries for a batch of {len(query_mask)} samples; give one a sample."
+        )
+    flat = []
+    for index, (own, mask) in enumerate(zip(labels, query_mask.tolist(), strict=True)):
+        if isinstance(own, dict) or sum(mask) > len(own) or len(own) > len(mask):
+            found = "one dict" if isinstance(own, dict) else f"{len(own)} entries"
+            raise ValueError(
+                f"labels[{index}] is {found} for {sum(mask)} queries; expected a list with one "
+                "{'segments': (N, 2)} for each query, N = 0 where it has no answer."
+            )
+        for which, one in enumerate(own):
+            if not isinstance(one, Mapping) or "segments" not in one:
+                raise ValueError(f"labels[{index}][{which}] is {one!r}; expected a dict with 'segments' (N, 2).")
+            flat.append(
+                {"segments": one["segments"], "class_labels": torch.zeros(len(one["segments"]), dtype=torch.long)}
+            )
+        flat += [{"segments": [], "class_labels": []}] * (len(mask) - len(own))
+    return flat
 
 
 __all__ = [
     "ConvTransformerBackbone",
     "ConvTransformerBackboneOutput",
+    "ConvTransformerForMomentRetrieval",
     "ConvTransformerForTemporalActionLocalization",
     "ConvTransformerModel",
     "ConvTransformerModelOutput",
+    "ConvTransformerMomentRetrievalOutput",
     "ConvTransformerPreTrainedModel",
+    "ConvTransformerSegmentFeaturesOutput",
     "ConvTransformerTemporalActionLocalizationOutput",
 ]

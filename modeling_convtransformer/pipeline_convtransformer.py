@@ -1,22 +1,95 @@
-"""The pipeline "temporal-action-localization": recordings in, segments in seconds out."""
+"""The pipelines "temporal-action-localization" and "moment-retrieval": recordings in, segments in seconds out."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
 from .feature_extraction_convtransformer import _GEOMETRY, _POST_PROCESSING, ConvTransformerFeatureExtractor
+from .processing_convtransformer import ConvTransformerProcessor, check_queries
 
 logger = logging.get_logger(__name__)
 
 _OUTPUTS = ("logits", "pred_segments", "point_mask", "point_levels")
 
 
-class TemporalActionLocalizationPipeline(ChunkPipeline):
+class ConvTransformerPipeline(ChunkPipeline):
+    """What the pipelines share: a model of the right class with trained weights, and a feature extractor that fits."""
+
+    _model_class: str
+    _load_processor = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_tokenizer = False
+    _load_feature_extractor = None  # `__init__` says more than transformers would where it is missing
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._check_model()
+        if self.feature_extractor is None:
+            self.feature_extractor = self._load_feature_extractor_of_model()
+        self._check_feature_extractor()
+        self.model.eval()
+
+    def __call__(self, inputs, **kwargs):
+        return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
+
+    @staticmethod
+    def _sort_parameters(before: tuple[str, ...], given: dict) -> tuple[dict, dict, dict]:
+        """Arguments of a call: those of `preprocess` (`before`), none of the model, those of `postprocess`."""
+        after = ("threshold", "top_k", *_POST_PROCESSING)
+        if unknown := sorted(set(given) - {*before, *after}):
+            raise TypeError(f"Unknown arguments: {', '.join(unknown)}. Known: {', '.join((*before, *after))}.")
+        pick = lambda names: {name: given[name] for name in names if name in given}  # noqa: E731
+        return pick(before), {}, pick(after)
+
+    def _check_model(self):
+        name = self.model.name_or_path or type(self.model).__name__
+        if type(self.model).__name__ != self._model_class:  # (remote code has classes of its own)
+            raise ValueError(
+                f"{name} is a {type(self.model).__name__} (model type {self.model.config.model_type!r}); the pipeline "
+                f"{self.task!r} takes a {self._model_class}. Choose a checkpoint of that class."
+            )
+        if missing := self.model.untrained_weights:
+            raise ValueError(
+                f"{name}: the weights lack {len(missing)} tensors of this model, such as {sorted(missing)[0]!r}, which are "
+                "random now: code and weights do not belong together, or the model was never trained for this task. Load the "
+                "revision that code and weights share (revision=...), install the version of modeling_convtransformer that "
+                "wrote the weights, or train the model and save it."
+            )
+
+    def _load_feature_extractor_of_model(self) -> ConvTransformerFeatureExtractor:
+        name = self.model.name_or_path
+        try:
+            return ConvTransformerFeatureExtractor.from_pretrained(name)
+        except Exception as error:
+            raise ValueError(
+                f"{name or 'The model'} has no usable preprocessor_config.json ({type(error).__name__}: "
+                f"{str(error).splitlines()[0]}). It says how features and seconds belong together: pass feature_extractor=, or "
+                "write one into the folder: ConvTransformerFeatureExtractor(feature_size=..., fps=..., feature_stride=..., "
+                "num_frames=...).save_pretrained(folder)."
+            ) from error
+
+    def _check_feature_extractor(self):
+        extractor, width = self.feature_extractor, sum(self.model.config.stream_widths)
+        if not hasattr(extractor, "post_process_temporal_action_localization"):
+            raise ValueError(
+                f"The feature extractor is a {type(extractor).__name__}; expected a ConvTransformerFeatureExtractor. Check "
+                "preprocessor_config.json, or pass feature_extractor=."
+            )
+        if extractor.feature_size != width:
+            raise ValueError(
+                f"The feature extractor has feature_size {extractor.feature_size}, but the model takes features of width "
+                f"{width} (n_in). They are of different checkpoints: load both from one, or correct preprocessor_config.json."
+            )
+
+
+class TemporalActionLocalizationPipeline(ConvTransformerPipeline):
     """
     Temporal action localization with a `ConvTransformerForTemporalActionLocalization`:
 
@@ -35,19 +108,7 @@ class TemporalActionLocalizationPipeline(ChunkPipeline):
             or there is none.
     """
 
-    _load_processor = False
-    _load_image_processor = False
-    _load_video_processor = False
-    _load_tokenizer = False
-    _load_feature_extractor = None  # `__init__` says more than transformers would where it is missing
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._check_model()
-        if self.feature_extractor is None:
-            self.feature_extractor = self._load_feature_extractor_of_model()
-        self._check_feature_extractor()
-        self.model.eval()
+    _model_class = "ConvTransformerForTemporalActionLocalization"
 
     def __call__(self, inputs, **kwargs) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
         """
@@ -75,20 +136,10 @@ class TemporalActionLocalizationPipeline(ChunkPipeline):
         Raises:
             ValueError: a recording that the model cannot use; the message names it and what to do.
         """
-        if isinstance(inputs, np.ndarray | torch.Tensor) and inputs.ndim == 3:
-            inputs = list(inputs)
-        if isinstance(inputs, tuple):
-            inputs = list(inputs)
-        if isinstance(inputs, list) and not inputs:
-            return []
-        return super().__call__(inputs, **kwargs)
+        return super().__call__(_as_inputs(inputs), **kwargs)
 
     def _sanitize_parameters(self, **kwargs) -> tuple[dict, dict, dict]:
-        before, after = ("window", "overlap", *_GEOMETRY), ("threshold", "top_k", *_POST_PROCESSING)
-        if unknown := sorted(set(kwargs) - {*before, *after}):
-            raise TypeError(f"Unknown arguments: {', '.join(unknown)}. Known: {', '.join((*before, *after))}.")
-        pick = lambda names: {name: kwargs[name] for name in names if name in kwargs}  # noqa: E731
-        return pick(before), {}, pick(after)
+        return self._sort_parameters(("window", "overlap", *_GEOMETRY), kwargs)
 
     def preprocess(
         self, recording, window: int | None = None, overlap: int | None = None, **geometry
@@ -181,47 +232,118 @@ class TemporalActionLocalizationPipeline(ChunkPipeline):
                 parts.append(part)
         return {name: torch.cat([part[name] for part in parts], dim=1) for name in _OUTPUTS}
 
-    def _check_model(self):
-        name = self.model.name_or_path or type(self.model).__name__
-        if (
-            type(self.model).__name__ != "ConvTransformerForTemporalActionLocalization"
-        ):  # (remote code has classes of its own)
-            raise ValueError(
-                f"{name} is a {type(self.model).__name__} (model type {self.model.config.model_type!r}); the pipeline "
-                f"{self.task!r} takes a ConvTransformerForTemporalActionLocalization. Choose a checkpoint of that class."
-            )
-        if missing := self.model.untrained_weights:
-            raise ValueError(
-                f"{name}: the weights lack {len(missing)} tensors of this model, such as {sorted(missing)[0]!r}, which are "
-                "random now: code and weights do not belong together, or the model was never trained as a detector. Load the "
-                "revision that code and weights share (revision=...), install the version of modeling_convtransformer that "
-                "wrote the weights, or train the model and save it."
-            )
 
-    def _load_feature_extractor_of_model(self) -> ConvTransformerFeatureExtractor:
-        name = self.model.name_or_path
-        try:
-            return ConvTransformerFeatureExtractor.from_pretrained(name)
-        except Exception as error:
-            raise ValueError(
-                f"{name or 'The model'} has no usable preprocessor_config.json ({type(error).__name__}: "
-                f"{str(error).splitlines()[0]}). It says how features and seconds belong together: pass feature_extractor=, or "
-                "write one into the folder: ConvTransformerFeatureExtractor(feature_size=..., fps=..., feature_stride=..., "
-                "num_frames=...).save_pretrained(folder)."
-            ) from error
+class MomentRetrievalPipeline(ConvTransformerPipeline):
+    """
+    Moments that a text describes, with a `ConvTransformerForMomentRetrieval`:
 
-    def _check_feature_extractor(self):
-        extractor, width = self.feature_extractor, sum(self.model.config.stream_widths)
-        if not hasattr(extractor, "post_process_temporal_action_localization"):
+    ```python
+    >>> from transformers import pipeline
+
+    >>> find = pipeline("moment-retrieval", model="someone/their-model", trust_remote_code=True)
+    >>> find("features.npy", ["turn the arm outward", "lean on the table"], top_k=1)
+    [[{'query': 'turn the arm outward', 'score': 0.74, 'start': 259.3, 'end': 294.7}],
+     [{'query': 'lean on the table', 'score': 0.02, 'start': 3.8, 'end': 34.7}]]
+    ```
+
+    (`trust_remote_code` where `modeling_convtransformer` is not imported.)
+
+    Raises:
+        ValueError: the model is not of this kind, lacks trained weights or a text encoder, or does not fit the feature
+            extractor, or there is no tokenizer.
+    """
+
+    _model_class = "ConvTransformerForMomentRetrieval"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        name = self.model.name_or_path or "The model"
+        if self.model.config.text_config is None:
             raise ValueError(
-                f"The feature extractor is a {type(extractor).__name__}; expected a ConvTransformerFeatureExtractor. Check "
-                "preprocessor_config.json, or pass feature_extractor=."
+                f"{name} has no text encoder (text_config), so the pipeline cannot read queries. Call the model with "
+                "query_embeds of the encoder that it was trained with."
             )
-        if extractor.feature_size != width:
+        processor, self.processor = self.processor, None  # a pipeline that has one takes it for everything
+        if self.tokenizer is None and processor is not None:
+            self.tokenizer = processor.tokenizer
+        if self.tokenizer is None:
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(self.model.name_or_path)
+            except Exception as error:
+                raise ValueError(
+                    f"{name} has no usable tokenizer ({type(error).__name__}: {str(error).splitlines()[0]}). Pass tokenizer=, or "
+                    "save one beside it: ConvTransformerProcessor(feature_extractor, tokenizer).save_pretrained(folder)."
+                ) from error
+        self._join = ConvTransformerProcessor(self.feature_extractor, self.tokenizer)
+
+    def __call__(self, inputs, queries=None, **kwargs) -> list:
+        """
+        Args:
+            inputs: one recording, or a list, dataset or generator of recordings, as in `TemporalActionLocalizationPipeline`; a
+                dict may hold its own `queries`.
+            queries: a text, or a list of texts, which are asked of every recording. The recording is encoded once for all.
+            threshold (`float`, *optional*): only moments with a score above this; default: all that post-processing keeps.
+            top_k (`int`, *optional*): at most this many moments of each query.
+            batch_size (`int`, defaults to 1): recordings in one forward pass.
+            fps, feature_stride, num_frames, duration: for all recordings of the call.
+            settings: post-processing's, such as `nms_method` or `iou_threshold`.
+
+        Returns:
+            for one recording and a list of queries a list with, for each query, a list of `{"query": str, "score": float,
+            "start": float, "end": float}` (seconds, best score first), ready for JSON; for a single text that one list; for a
+            list of recordings a list of such results; for a dataset or generator an iterator.
+
+        Raises:
+            ValueError: no or empty queries, one that is longer than the text encoder allows, or a recording that the model cannot
+                use; the message names it and what to do.
+        """
+        if queries is not None:
+            check_queries(queries, ["the recording"])
+            kwargs["queries"] = queries
+        return super().__call__(_as_inputs(inputs), **kwargs)
+
+    def _sanitize_parameters(self, **kwargs) -> tuple[dict, dict, dict]:
+        return self._sort_parameters(("queries", *_GEOMETRY), kwargs)
+
+    def preprocess(self, recording, queries=None, **geometry) -> Iterator[dict]:
+        if isinstance(recording, Mapping) and "queries" in recording:
+            recording = dict(recording)
+            queries = recording.pop("queries")
+        if queries is None:
             raise ValueError(
-                f"The feature extractor has feature_size {extractor.feature_size}, but the model takes features of width "
-                f"{width} (n_in). They are of different checkpoints: load both from one, or correct preprocessor_config.json."
+                'No queries given: pass a text or a list of texts, find(recording, ["turn the arm outward"]), or a dict with '
+                "`queries` beside its features."
             )
+        geometry = {key: value for key, value in geometry.items() if value is not None}
+        features, geometry = self.feature_extractor.load(recording, geometry=geometry)
+        yield {"is_last": True, "geometry": geometry, "queries": queries, **self._join(features, queries)}
+
+    def _forward(self, model_inputs: dict) -> dict:
+        passed_on = {name: model_inputs.pop(name) for name in ("is_last", "geometry", "queries")}
+        outputs = self.model(**model_inputs)
+        return {**passed_on, **{name: outputs[name] for name in (*_OUTPUTS, "query_mask")}}
+
+    def postprocess(self, model_outputs: list[dict], **settings) -> list:
+        (outputs,) = model_outputs
+        queries = outputs["queries"]
+        texts = [queries] if isinstance(queries, str) else queries
+        outputs, geometry = {name: outputs[name] for name in (*_OUTPUTS, "query_mask")}, outputs["geometry"]
+        found = self.feature_extractor.post_process_moment_retrieval(outputs, geometry, **settings)[0]
+        moments = [
+            [
+                {"query": query, "score": score, "start": start, "end": end}
+                for (start, end), score in zip(one["segments"].tolist(), one["scores"].tolist(), strict=True)
+            ]
+            for query, one in zip(texts, found, strict=True)
+        ]
+        return moments[0] if isinstance(queries, str) else moments
 
 
-__all__ = ["TemporalActionLocalizationPipeline"]
+def _as_inputs(inputs):
+    """A list where several recordings are given at once."""
+    if isinstance(inputs, np.ndarray | torch.Tensor) and inputs.ndim == 3:
+        return list(inputs)
+    return list(inputs) if isinstance(inputs, tuple) else inputs
+
+
+__all__ = ["MomentRetrievalPipeline", "TemporalActionLocalizationPipeline"]
