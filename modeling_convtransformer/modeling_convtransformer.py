@@ -631,7 +631,10 @@ class ConvTransformerAttention(nn.Module):
 
 def repeat_for_queries(x: torch.Tensor | None, text: torch.Tensor) -> torch.Tensor | None:
     """(recordings, ...) once for each query of a recording; `text` is (recordings * queries, ...)."""
-    return x if x is None or len(x) == len(text) else x.repeat_interleave(len(text) // len(x), dim=0)
+    if x is None or len(x) == len(text):
+        return x
+    # (of a single recording nothing is copied)
+    return x[:, None].expand(-1, len(text) // len(x), *(-1,) * (x.dim() - 1)).flatten(0, 1)
 
 
 class ConvTransformerBlock(GradientCheckpointingLayer):
