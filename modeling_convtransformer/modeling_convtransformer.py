@@ -631,10 +631,10 @@ class ConvTransformerAttention(nn.Module):
 
 def repeat_for_queries(x: torch.Tensor | None, text: torch.Tensor) -> torch.Tensor | None:
     """(recordings, ...) once for each query of a recording; `text` is (recordings * queries, ...)."""
-    if x is None or len(x) == len(text):
+    if x is None or x.shape[0] == text.shape[0]:
         return x
     # (of a single recording nothing is copied)
-    return x[:, None].expand(-1, len(text) // len(x), *(-1,) * (x.dim() - 1)).flatten(0, 1)
+    return x[:, None].expand(-1, text.shape[0] // x.shape[0], *(-1,) * (x.dim() - 1)).flatten(0, 1)
 
 
 class ConvTransformerBlock(GradientCheckpointingLayer):
@@ -784,6 +784,7 @@ class ConvTransformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
         "FeaturePyramidNeck",
         "ClassificationHead",
         "RegressionHead",
+        "ConvTransformerDecoder",
     ]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -1494,10 +1495,10 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
         """
         attention_mask = self.model.check_inputs(input_features, attention_mask)
         text, text_valid = self.encode_queries(query_embeds, query_input_ids, query_attention_mask)
-        if len(text) != len(input_features):
+        if text.shape[0] != input_features.shape[0]:
             raise ValueError(
-                f"There are queries for {len(text)} recordings, but {len(input_features)} recordings; give each its own: the "
-                "first axis of queries is the batch."
+                f"There are queries for {text.shape[0]} recordings, but {input_features.shape[0]} recordings; give each its "
+                "own: the first axis of queries is the batch."
             )
         outputs = self.model(input_features, attention_mask, return_dict=True, **kwargs)
         features, valids = self._apply_neck(outputs, attention_mask)
@@ -1532,7 +1533,7 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
             logits=logits,
             pred_segments=segments_of(points, strides, offsets),
             point_mask=point_mask,
-            point_levels=levels.expand(len(point_mask), -1),
+            point_levels=levels.expand(point_mask.shape[0], -1),
             query_mask=query_mask,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -1619,7 +1620,7 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
         return ConvTransformerSegmentFeaturesOutput(
             embeds=self._embed_points(features),
             point_mask=self._mask_points(features, valids),
-            point_levels=levels.expand(len(input_features), -1),
+            point_levels=levels.expand(input_features.shape[0], -1),
         )
 
     def get_text_features(
