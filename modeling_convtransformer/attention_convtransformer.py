@@ -193,10 +193,11 @@ def attend(
     under sdpa, a relative bias.
 
     Args:
-        module: the attention module; its `config`, `window` and `is_causal` say what the mask was made for.
+        module: the attention module; its `config`, `window` and `is_causal` say what the mask was made for, and `is_cross`
+            that the keys are words.
         interface: the attention function.
         query: (batch, heads, time, channels of a head); key and value alike, with as many or fewer heads.
-        attention_mask: from `make_attention_mask`.
+        attention_mask: from `make_attention_mask`, or from `make_text_mask`.
         relative_bias: (heads, window), added to the scores of the offsets -(window // 2) ... window // 2.
 
     Returns:
@@ -206,7 +207,7 @@ def attend(
     has_own_masks = implementation == "flex_attention" or is_flash_attention_requested(
         requested_attention_implementation=implementation
     )
-    if module.is_cross and has_own_masks and attention_mask is not None:
+    if getattr(module, "is_cross", False) and has_own_masks and attention_mask is not None:
         # flex would want a BlockMask, flash takes masks only for queries and keys of one length.
         width = value.shape[-1]
         query, key, value = hide_keys(query, key, value, attention_mask, kwargs["scaling"])

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_convtransformer import (
     ConvTransformerConfig,
+    ConvTransformerForMomentRetrieval,
     ConvTransformerForTemporalActionLocalization,
     ConvTransformerModel,
     attention_convtransformer,
@@ -34,6 +35,7 @@ from modeling_convtransformer.attention_convtransformer import (
     eager_attention_forward,
     make_attention_mask,
     make_block_mask,
+    make_text_mask,
 )
 
 CPU = torch.device("cpu")
@@ -660,6 +662,82 @@ def test_a_sample_alone_equals_the_same_sample_padded(name, implementation, flas
             steps = other.shape[1]
             # float32, the same sums in another order, through four blocks; values are around 1 to 10
             torch.testing.assert_close(one[[sample], :steps], other, rtol=1e-5, atol=1e-5)
+
+
+# --- From time to words ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [1, 4, 33])
+@pytest.mark.parametrize("padding", ["none", "right", "left", "holes"])
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_words_equal_a_dense_softmax(implementation, padding, words):
+    for seed, (length, heads, kv_heads) in enumerate([(33, 4, 2), (5, 3, 1), (1, 2, 2)]):
+        query, *_ = random_case(seed, 3, length, heads, kv_heads, "none", 1, False)
+        _, key, value, valid, _ = random_case(seed + 9, 3, words, heads, kv_heads, padding, 1, False)
+        holder = Holder(implementation, -1, False, heads // kv_heads)
+        holder.is_cross = True
+        mask = make_text_mask(implementation, valid, query.dtype)
+        output, _ = attend(holder, INTERFACES[implementation], query, key, value, mask, dropout=0.0, scaling=0.5)
+        assert output.shape == (3, length, heads, 4)
+        seen = torch.ones(3, words, dtype=torch.bool) if valid is None else valid
+        expected = dense(query, key, value, seen[:, None, None].expand(-1, 1, length, -1))
+        some = seen.any(-1)
+        torch.testing.assert_close(output[some].double(), expected[some], **CLOSE)
+        assert output.isfinite().all()
+
+
+MOMENTS = {"text_dim": 5, "decoder_layers": 2, "decoder_dim": 12}
+
+
+def ask(model, features, mask=None, words=None, known=None):
+    with torch.no_grad():
+        return model(features, mask, query_embeds=words, query_attention_mask=known)
+
+
+@pytest.mark.parametrize(("name", "implementation"), [case for case in CASES if "eager" not in case.values])
+def test_every_backend_finds_the_same_moments(name, implementation, flash_installed):
+    model = make_model({**SETTINGS[name], **MOMENTS}, ConvTransformerForMomentRetrieval)
+    generator = torch.Generator().manual_seed(0)
+    for length in (2, 67):
+        features, words = torch.randn(2, length, 6, generator=generator), torch.randn(2, 3, 4, 5, generator=generator)
+        mask = torch.arange(length) < torch.tensor([[length], [length // 2 + 1]])
+        known = torch.arange(4) < torch.tensor([[[4], [2], [1]], [[3], [4], [0]]])  # the last is no query
+        for own_mask, own_known in ((None, None), (mask, None), (None, known), (mask, known)):
+            model.set_attn_implementation("eager")
+            expected = ask(model, features, own_mask, words, own_known)
+            model.set_attn_implementation(implementation)
+            output = ask(model, features, own_mask, words, own_known)
+            valid = (expected.point_mask[:, None] * expected.query_mask[..., None]) == 1
+            # float32, the same sums in another order, through eight blocks and the heads; values are around 1 to 10
+            torch.testing.assert_close(output.logits[valid], expected.logits[valid], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                output.pred_segments[valid], expected.pred_segments[valid], rtol=1e-5, atol=5e-5
+            )
+            assert output.logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "implementation"), [case for case in CASES if "v1" not in case.values])
+def test_a_query_alone_equals_the_same_query_padded(name, implementation, flash_installed):
+    model = make_model({**SETTINGS[name], **MOMENTS}, ConvTransformerForMomentRetrieval)
+    model.set_attn_implementation(implementation)
+    generator = torch.Generator().manual_seed(1)
+    features, words = torch.randn(3, 70, 6, generator=generator), torch.randn(3, 3, 6, 5, generator=generator)
+    lengths, counts = [70, 33, 1], [[6, 1, 3], [2, 6, 0], [4, 0, 0]]
+    mask, known = torch.arange(70) < torch.tensor(lengths)[:, None], torch.arange(6) < torch.tensor(counts)[..., None]
+    filled = features.masked_fill(~mask[..., None], math.nan), words.masked_fill(~known[..., None], math.nan)
+    padded = ask(model, filled[0], mask, filled[1], known)
+    assert padded.query_mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
+    for sample, length in enumerate(lengths):
+        valid = padded.point_mask[sample] == 1
+        for query, count in enumerate(counts[sample]):
+            if count:
+                alone = ask(model, features[[sample], :length], None, words[[sample], query][:, None, :count])
+                # float32, the same sums in another order, through eight blocks and the heads; values are around 1 to 10
+                torch.testing.assert_close(
+                    padded.logits[sample, query, valid], alone.logits[0, 0], rtol=1e-5, atol=1e-5
+                )
+                one, other = padded.pred_segments[sample, query, valid], alone.pred_segments[0, 0]
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("implementation", OTHERS)
