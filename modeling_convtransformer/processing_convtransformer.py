@@ -155,14 +155,15 @@ def check_queries(queries, names: Sequence[str]) -> list[list[str]]:
     queries = list(queries)
     if not queries:
         raise ValueError("No queries given: pass at least one text, such as ['a person lifts the arm'].")
-    are_texts = [isinstance(one, str) for one in queries]
-    if any(are_texts):
+    if any(isinstance(one, str) for one in queries):
         queries = [queries] * len(names)
     elif len(queries) != len(names):
         raise ValueError(
             f"queries has {len(queries)} lists for {len(names)} recordings; give one each, or one list of texts for all."
         )
     for own, name in zip(queries, names, strict=True):
+        if not isinstance(own, Sequence):
+            raise ValueError(f"{name}: {own!r} in place of queries; expected a list of texts.")
         if len(own) == 0:
             raise ValueError(f"{name}: no queries; give at least one text, or leave this recording out.")
         for index, query in enumerate(own):

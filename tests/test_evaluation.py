@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modeling_convtransformer.evaluation import evaluate_detections, remove_duplicates
+from modeling_convtransformer.evaluation import evaluate_detections, evaluate_moments, remove_duplicates
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "v1_map.json").read_text())
 UNKNOWN_VIDEO = "ignore:.*videos that the ground truth lacks"
@@ -518,3 +519,96 @@ def test_infinite_scores_are_legal():
     """Logarithms of probabilities may be -inf; only the order counts."""
     entry = {"segments": [[0, 1], [5, 6]], "labels": [0, 0], "scores": [0.0, -np.inf]}
     assert evaluate_detections({"v": entry}, TRUTH).average_map == 1.0
+
+
+# --- Moments ------------------------------------------------------------------------------------------------------------
+
+
+def slow_recall(predictions, ground_truth, k, threshold):
+    """As the definition reads: queries with an answer, their k best moments, any answer."""
+    hits = []
+    for query, truth in ground_truth.items():
+        if len(truth):
+            own = predictions.get(query, {"segments": [], "scores": []})
+            ranked = sorted(
+                zip(own["scores"], range(len(own["scores"])), own["segments"], strict=True),
+                key=lambda r: (-r[0], r[1]),
+            )
+            hits.append(any(slow_tiou(one, other) >= threshold for _, _, one in ranked[:k] for other in truth))
+    return np.mean(hits)
+
+
+def random_moments(seed):
+    rng = np.random.default_rng(seed)
+
+    def segments(count):
+        starts = rng.integers(0, 12, count)
+        return np.stack((starts, starts + rng.integers(0, 6, count)), axis=1).astype(float)
+
+    truth = {("video", query): segments(rng.integers(0, 3)) for query in range(12)}
+    truth["always"] = segments(1) + np.array([0, 1])
+    found = {}
+    for query in truth:
+        count = int(rng.integers(0, 7))
+        if rng.random() < 0.8:
+            found[query] = {"segments": segments(count), "scores": rng.integers(0, 4, count) / 4}  # with ties
+    return found, truth
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_recall_of_moments_equals_brute_force(seed):
+    found, truth = random_moments(seed)
+    metrics = evaluate_moments(found, truth, top_k=(1, 2, 5), tiou_thresholds=(0.1, 0.5, 1.0))
+    expected = [[slow_recall(found, truth, k, threshold) for threshold in (0.1, 0.5, 1.0)] for k in (1, 2, 5)]
+    np.testing.assert_allclose(metrics.recall, expected, rtol=1e-12)
+    assert metrics.num_queries == sum(len(one) > 0 for one in truth.values())
+    assert metrics.num_queries + metrics.num_unanswerable == len(truth)
+    best = []
+    for query, answers in truth.items():
+        if len(answers):
+            own = found.get(query, {"segments": [], "scores": []})
+            first = [own["segments"][int(np.argmax(own["scores"]))]] if len(own["scores"]) else []
+            best.append(max((slow_tiou(one, other) for one in first for other in answers), default=0.0))
+    assert metrics.mean_tiou == pytest.approx(np.mean(best))
+
+
+def test_a_worked_example_of_moments():
+    truth = {"a": [[0.0, 10.0]], "b": {"segments": [[5.0, 9.0], [20.0, 30.0]]}, "c": []}
+    found = {
+        "a": {"segments": [[40.0, 50.0], [0.0, 8.0]], "scores": [0.9, 0.8]},
+        "b": {"segments": torch.tensor([[20.0, 26.0]]), "scores": torch.tensor([0.1])},
+    }
+    metrics = evaluate_moments(found, truth)
+    assert metrics.recall.tolist() == [[0.5, 0.5, 0.0], [1.0, 1.0, 0.5]]
+    assert metrics.mean_tiou == pytest.approx(0.3)
+    assert metrics.to_dict() == pytest.approx(
+        {
+            "recall_1_30": 0.5,
+            "recall_1_50": 0.5,
+            "recall_1_70": 0,
+            "recall_5_30": 1,
+            "recall_5_50": 1,
+            "recall_5_70": 0.5,
+        }
+        | {"mean_tiou": 0.3}
+    )
+    lines = str(metrics).splitlines()
+    assert lines[1].split() == ["R@1", "50.00%", "50.00%", "0.00%"]
+    assert lines[-1] == "2 queries (1 more without an answer), mean tIoU 30.00%"
+
+
+@pytest.mark.parametrize(
+    ("found", "truth", "options", "message"),
+    [
+        ({}, {"a": []}, {}, "None of the 1 queries"),
+        ({"b": {"segments": [], "scores": []}}, {"a": [[0, 1]]}, {}, "lacks, such as 'b'"),
+        ({"a": {"segments": [[0, 1]], "scores": []}}, {"a": [[0, 1]]}, {}, "'a'.*do not fit"),
+        ({"a": {"segments": [[3, 1]], "scores": [1]}}, {"a": [[0, 1]]}, {}, "'a'.*end >= start"),
+        ({}, {"a": [[0, np.nan]]}, {}, r"ground_truth\['a'\].*finite"),
+        ({}, {"a": [[0, 1]]}, {"top_k": 0}, "top_k"),
+        ({}, {"a": [[0, 1]]}, {"tiou_thresholds": 1.5}, "tiou_thresholds"),
+    ],
+)
+def test_refuses_bad_moments(found, truth, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_moments(found, truth, **options)

@@ -108,13 +108,14 @@ def test_every_class_brings_all_code_and_names_all_classes(model_class, tmp_path
         "AutoFeatureExtractor",
         "AutoModel",
         "AutoModelForObjectDetection",
+        "AutoModelForZeroShotObjectDetection",
     ]
-    assert list(config["custom_pipelines"]) == [TASK]
+    assert list(config["custom_pipelines"]) == [TASK, "moment-retrieval"]
     assert sorted(path.name for path in tmp_path.glob("*.py")) == HUB_FILES
     for name in HUB_FILES:
         source = Path(__file__).parent.parent / "modeling_convtransformer" / name
         assert (tmp_path / name).read_bytes() == source.read_bytes()
-    for reference in (*config["auto_map"].values(), config["custom_pipelines"][TASK]["impl"]):
+    for reference in (*config["auto_map"].values(), *(one["impl"] for one in config["custom_pipelines"].values())):
         module, name = reference.split(".")
         assert f"\nclass {name}(" in (tmp_path / f"{module}.py").read_text(encoding="utf-8")
 
