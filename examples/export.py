@@ -83,12 +83,6 @@ def load_detector(folder: Path) -> ConvTransformerForTemporalActionLocalization:
     if model.untrained_weights:
         missing = sorted(model.untrained_weights)
         raise Usage(f"{folder} holds no whole detector: {len(missing)} weights are missing, such as {missing[0]}")
-    rotary = getattr(model.model, "rotary_emb", None)
-    if rotary is not None and rotary.rope_type in ("dynamic", "longrope"):
-        raise Usage(
-            f"{folder} has rotary positions of type {rotary.rope_type!r}, whose frequencies change with the length: no one "
-            "graph serves all lengths. Types that can be exported: default, linear, yarn, llama3"
-        )
     return model
 
 

@@ -14,6 +14,10 @@ padding and no window is no mask at all, so that the fastest kernels stay eligib
     flex_attention              BlockMask                             in the mask, block by block     time * window
     flash_attention_2, _3, ...  (batch, time), 1 = valid              the kernel's own                time * window
 
+Global attention with a relative bias is computed in blocks of queries by functions that take a bias as a mask only: a
+block holds (heads, block, time) biases, and in training its backward pass makes them again. (A graph of torch.compile or
+torch.export makes all at once, (heads, time, time); `flex_attention` makes none.)
+
 `eager` is the plain definition that tests compare with, and the only backend that returns attention weights. Flash
 kernels add nothing to the scores, so they cannot have a relative bias: `check_attention_backend` says so at load.
 They also close up padded steps before they count those of a window, so with them padding belongs at the ends of a
@@ -23,6 +27,7 @@ recording, where every feature extractor puts it, and not in its middle.
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import is_torch_flex_attn_available
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -37,6 +42,9 @@ _MIN_BLOCK = 32
 # Steps that an inference looks at together, in windows and MLPs: what these hold beside the sequence is as long as this,
 # however long the sequence is. Enough to keep any device busy.
 CHUNK = 8192
+
+# Queries whose biases to all keys are held at once, where attention is global and has a relative bias.
+_BIAS_BLOCK = 128
 
 # The size of flex_attention's blocks; its kernels want this one.
 _FLEX_BLOCK = 128
@@ -53,7 +61,7 @@ def check_attention_backend(implementation: str, config) -> None:
     if not is_flash_attention_requested(requested_attention_implementation=implementation):
         return
     advice = 'Load it with attn_implementation="sdpa" (or "flex_attention", "eager").'
-    if config.use_rel_pe and any(window > 1 for window in config.window_sizes):
+    if any(config.relative_bias_widths):
         raise ValueError(
             f"attn_implementation={implementation!r} cannot add the learned relative bias of this model (use_rel_pe=True "
             f"with mha_win_size={config.mha_win_size!r}): flash kernels take no bias. {advice}"
@@ -108,9 +116,8 @@ def make_attention_mask(
             return mask | ~mask.any(dim=-1, keepdim=True)
         if valid is None:
             return None  # it has a causal kernel of its own
-        if not is_causal or window <= 1:
-            return (valid | ~valid.any(dim=-1, keepdim=True))[:, None, None, :]
-    elif valid is None and not has_window and not is_causal:
+        return (valid | ~valid.any(dim=-1, keepdim=True))[:, None, None, :]
+    if valid is None and not has_window and not is_causal:
         return None
 
     offsets = torch.arange(length, device=device)
@@ -119,9 +126,7 @@ def make_attention_mask(
     if valid is not None:
         mask = mask & valid[:, None, None, :]
     mask = mask | ~mask.any(dim=-1, keepdim=True)
-    if implementation == "eager":
-        return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)
-    return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def make_block_mask(
@@ -198,7 +203,8 @@ def attend(
         interface: the attention function.
         query: (batch, heads, time, channels of a head); key and value alike, with as many or fewer heads.
         attention_mask: from `make_attention_mask`, or from `make_text_mask`.
-        relative_bias: (heads, window), added to the scores of the offsets -(window // 2) ... window // 2.
+        relative_bias: (heads, width), added to the scores of the offsets -(width // 2) ... width // 2: of the window, or,
+            where attention is global, of these and all beyond, which have the bias of the outermost.
 
     Returns:
         (batch, time, heads, channels of a head), and the weights (batch, heads, time, time) under eager, else `None`.
@@ -222,11 +228,11 @@ def attend(
 
     if attention_mask is not None and attention_mask.dim() == 5:
         return attend_in_blocks(module, interface, query, key, value, attention_mask, relative_bias, **kwargs)
+    if relative_bias is not None and implementation != "eager":
+        return attend_with_bias(module, interface, query, key, value, attention_mask, relative_bias, **kwargs)
     if relative_bias is not None:
-        attention_mask = add_relative_bias(attention_mask, relative_bias, query, key, module.is_causal)
-    elif (
-        implementation != "eager" and module.is_causal and attention_mask is not None and attention_mask.shape[2] == 1
-    ):
+        attention_mask = add_relative_bias(attention_mask, relative_bias, query, key)
+    elif implementation != "eager" and module.is_causal and attention_mask is not None:
         # A mask over keys would need a row for each query to be causal too.
         width = value.shape[-1]
         query, key, value = hide_keys(query, key, value, attention_mask, kwargs["scaling"])
@@ -289,27 +295,57 @@ def attend_in_blocks(module, interface, query, key, value, attention_mask, relat
     return output.reshape(batch, fold.blocks * fold.size, *output.shape[2:])[:, :length], weights
 
 
+def attend_with_bias(module, interface, query, key, value, attention_mask, table, **kwargs):
+    """
+    Global attention with a relative bias, for a backend that takes it as a mask only: in blocks of queries, or nothing
+    would be left of a kernel that never holds (time, time) scores. A compiled or exported graph, which would have
+    another number of blocks for each length, has one: there the bias is (heads, time, time).
+    """
+    length, is_causal = query.shape[2], module.is_causal
+
+    def attend_block(query, key, value, table, first):
+        keys = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+        mask = add_relative_bias(keys, table, query, key, first_key=-first, is_causal=is_causal)
+        return interface(module, query, key, value, mask, **kwargs)[0]
+
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or length <= _BIAS_BLOCK:
+        return attend_block(query, key, value, table, 0), None
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, table))
+    blocks = []
+    for first in range(0, length, _BIAS_BLOCK):
+        seen = min(first + _BIAS_BLOCK, length) if is_causal else length
+        one = query[:, :, first : first + _BIAS_BLOCK], key[:, :, :seen], value[:, :, :seen], table, first
+        # Without this, autograd would keep the biases of all blocks.
+        blocks.append(checkpoint(attend_block, *one, use_reentrant=False) if learns else attend_block(*one))
+    return torch.cat(blocks, dim=1), None
+
+
 def add_relative_bias(
     mask: torch.Tensor | None,
     table: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
-    is_causal: bool = False,
     first_key: int = 0,
+    is_causal: bool = False,
 ) -> torch.Tensor:
     """
-    An additive mask with a learned bias (`table`, (heads, window)) for each head and offset inside the window. Without
-    a mask, `is_causal` makes one, because a mask takes the place of a backend's own causal kernel.
+    An additive mask with a learned bias (`table`, (heads, width)) for each head and offset of a key from a query;
+    `first_key` is that of the first key from the first query. `is_causal` masks later keys, because a mask takes the
+    place of a backend's own causal kernel.
     """
-    half = table.shape[-1] // 2
-    rows = torch.arange(query.shape[2], device=query.device)
-    columns = torch.arange(key.shape[2], device=query.device) + first_key
-    offsets = columns[None, :] - rows[:, None]
-    bias = table[:, (offsets + half).clamp(0, 2 * half)].to(query.dtype)[None]
+    half, rows, columns = table.shape[-1] // 2, query.shape[2], key.shape[2]
+    # The bias of each offset once: first those of the first query, then those that only later queries have, farthest
+    # last. Side by side for all rows and cut one shorter, each row begins one offset before the row above it.
+    places = torch.arange(rows + columns, device=query.device)
+    offsets = torch.where(places < columns, places, places - rows - columns) + first_key
+    bias = table[:, (offsets + half).clamp(0, 2 * half)].to(query.dtype)
+    bias = bias[:, None].expand(-1, rows, -1).flatten(1)[:, : rows * (rows + columns - 1)]
+    bias = bias.unflatten(1, (rows, rows + columns - 1))[None, :, :, :columns]
+    if is_causal:
+        is_earlier = places[:columns] + first_key <= places[:rows, None]
+        mask = is_earlier if mask is None else mask & is_earlier
     if mask is None:
-        if not is_causal:
-            return bias
-        mask = (offsets <= 0)[None, None]
+        return bias
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, torch.finfo(query.dtype).min)
     return mask + bias

@@ -213,11 +213,15 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
             brings a learned scale for each channel, as in v1, which exists only where the rate is above 0.
         use_rope (`bool`, defaults to `True`), rope_parameters (`dict`, *optional*):
             Rotary positions (https://arxiv.org/abs/2104.09864), counted in steps of the level, and their settings as
-            everywhere in transformers (`rope_theta`, `rope_type`, ...).
+            everywhere in transformers (`rope_theta`, `rope_type`, ...). For recordings longer than `max_len`:
+            `{"rope_type": "linear", "dynamic" or "yarn", "factor": 4.0}`. "dynamic" (NTK) goes by each sample's own
+            length, which is known only at its end: with `is_causal`, too, it needs the whole recording.
         use_abs_pe, use_learned_pe (`bool`, default to `False`):
             Sinusoidal, or learned, positions added once after the embedding; stretched linearly beyond `max_len`.
-        use_rel_pe (`bool`, defaults to `False`):
-            A learned bias for each head and offset inside the attention window (windows only).
+        use_rel_pe (`bool`, defaults to `False`), rel_pe_max_distance (`int`, defaults to 64):
+            A learned bias for each head and offset inside the attention window
+            (https://arxiv.org/abs/1803.02155). Global attention has one for each offset up to this many steps of
+            the level, and what is farther away has the bias of the last: any length. 0: windows only, as in v1.
         use_swiglu (`bool`, defaults to `True`):
             SwiGLU MLP (https://arxiv.org/abs/2002.05202) of 2/3 of 4 times the width, up to a multiple of 64;
             else a GELU MLP of 4 times the width.
@@ -305,6 +309,7 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
     use_abs_pe: bool = False
     use_learned_pe: bool = False
     use_rel_pe: bool = False
+    rel_pe_max_distance: int = 64
     use_swiglu: bool = True
     use_rms_norm: bool = True
     use_batch_norm: bool = False
@@ -392,6 +397,11 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
                 key: value for key, value in config_dict.items() if key not in ("out_features", "out_indices")
             }
             kwargs["out_features"] = None
+        if isinstance(kwargs.get("rope_parameters"), dict):
+            # other frequencies for trained weights: what is not given is as they were trained
+            saved = config_dict.get("rope_parameters") or {}
+            kept = {"rope_theta": saved["rope_theta"]} if "rope_theta" in saved else {}
+            config_dict = {**config_dict, "rope_parameters": {**kept, **kwargs.pop("rope_parameters")}}
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).validate_architecture()
         return result
@@ -409,10 +419,10 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.use_swiglu:
             plan["mlp.gate_proj"] = "colwise"
         parts = [part for part, blocks in (("stem", self.arch[1]), ("branch", self.arch[2])) if blocks]
-        windows = {"stem": self.window_sizes[:1], "branch": self.window_sizes[1:]}
+        widths = {"stem": self.relative_bias_widths[:1], "branch": self.relative_bias_widths[1:]}
         whole = {f"{part}.*.{name}": style for part in parts for name, style in plan.items()}
         for part in parts:
-            if self.use_rel_pe and max(windows[part]) > 1:
+            if max(widths[part]) > 0:
                 # One row a head; the attention that adds them sees its own rows.
                 whole |= {f"{part}.*.attn.relative_bias": "colwise", f"{part}.*.attn": "local_params"}
         return whole
@@ -457,6 +467,14 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
         if isinstance(self.mha_win_size, int):
             return [self.mha_win_size] * self.num_levels
         return list(self.mha_win_size)
+
+    @property
+    def relative_bias_widths(self) -> list[int]:
+        """Number of offsets for which attention has a learned bias, for each level; 0 = no bias."""
+        if not self.use_rel_pe:
+            return [0] * self.num_levels
+        beyond = 2 * self.rel_pe_max_distance + 1 if self.rel_pe_max_distance else 0
+        return [window if window > 1 else beyond for window in self.window_sizes]
 
     @property
     def stream_widths(self) -> list[int]:
@@ -593,6 +611,8 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"mha_win_size is {self.mha_win_size}; expected at most {_MAX_STRIDE:,}, or -1 for global attention."
             )
+        if not 0 <= self.rel_pe_max_distance <= _MAX_STRIDE:
+            raise ValueError(f"rel_pe_max_distance is {self.rel_pe_max_distance}; expected 0 to {_MAX_STRIDE:,}.")
         if self.stream_dims is not None and len(self.stream_dims) != len(self.stream_widths):
             raise ValueError(
                 f"stream_dims {self.stream_dims} and n_in {self.n_in} differ in length; give one width a stream."
@@ -650,10 +670,10 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"mha_win_size {self.mha_win_size} has an even window; a window is a full width with the step "
                     f"itself in the middle, so it is odd: {window + 1} would work."
                 )
-        if self.use_rel_pe and max(self.window_sizes) <= 1:
+        if self.use_rel_pe and max(self.relative_bias_widths) == 0:
             raise ValueError(
-                "use_rel_pe is a bias for each offset inside the attention window, but mha_win_size "
-                f"{self.mha_win_size} is global; set mha_win_size=9, say, or use_rope=True instead of use_rel_pe."
+                f"use_rel_pe is true, but with rel_pe_max_distance 0 it is for windows only, and mha_win_size "
+                f"{self.mha_win_size} is global; rel_pe_max_distance=64 or mha_win_size=9 would work."
             )
         if self.use_abs_pe and self.use_learned_pe:
             raise ValueError(
@@ -767,8 +787,13 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
             value = parameters.get(field, 1.0)
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"rope_parameters has {field} {value!r}; expected a positive number.")
+        if rope_type == "dynamic" and self.n_embd // self.n_head == 2:
+            raise ValueError(
+                f"rope_parameters has rope_type 'dynamic', which slows all pairs of channels of a head but the first, and "
+                f"n_embd {self.n_embd} / n_head {self.n_head} leaves one pair; rope_type 'linear' would work."
+            )
         head_dim = self.head_dim
-        object.__setattr__(self, "head_dim", None)
+        object.__setattr__(self, "head_dim", self.n_embd // self.n_head)
         try:
             super().validate_rope()
         except KeyError as error:
@@ -787,7 +812,7 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
         towers = 2 * self.head_kernel_size * ((self.head_num_layers - 1) * head * max(head, neck))
         outputs = self.head_kernel_size * head * (self.num_labels + 2)
         table = self.max_len * width if self.use_learned_pe or self.use_abs_pe else 0
-        bias = self.use_rel_pe * self.n_head * self.num_hidden_layers * max(self.window_sizes)
+        bias = self.n_head * self.num_hidden_layers * max(self.relative_bias_widths)
         return streams + embedding + blocks + necks + towers + outputs + table + bias
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
@@ -889,6 +914,8 @@ def _fields_of_v1(path, content: dict) -> dict:
     fields["mha_win_size"] = odd if isinstance(windows, list) else odd[0]
     if max(odd) <= 1:
         fields["use_rel_pe"] = False  # v1 has it only inside windows and ignores it elsewhere
+    elif fields["use_rel_pe"] and min(odd) <= 1:
+        fields["rel_pe_max_distance"] = 0
     if fields["backbone_type"] == "conv":
         fields["use_abs_pe"] = fields["use_rel_pe"] = False  # ignored there too
     return fields

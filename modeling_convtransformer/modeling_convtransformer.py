@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from itertools import repeat
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
@@ -329,8 +329,32 @@ class RMSNorm(nn.RMSNorm):
         return (x * torch.rsqrt(mean_square + self.eps)).mul_(self.weight)
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of theirs, because each used the whole sum."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return SumOverProcesses.apply(gradient)
+
+
+def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
+    """Of `torch.distributed`, if it runs; differentiable. All processes have to call it."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return SumOverProcesses.apply(x)
+    return x
+
+
 class BatchNorm(nn.BatchNorm1d):
-    """Batch norm whose statistics count valid steps only, computed in float32 at least."""
+    """
+    Batch norm whose statistics count valid steps only, of the batches of all processes together, in float32 at least.
+    (Processes of tensor parallelism hold one batch: counting it once for each changes neither mean nor variance.)
+    """
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -338,9 +362,10 @@ class BatchNorm(nn.BatchNorm1d):
         if self.training:
             filled = zero_padding(x.to(dtype), padding)
             valid = x.new_ones(*x.shape[:2], 1) if padding is None else ~padding
-            count = valid.float().sum().clamp(min=1)
-            mean = filled.sum((0, 1)) / count
-            var = zero_padding((filled - mean).square(), padding).sum((0, 1)) / count
+            sums = sum_over_processes(torch.cat((filled.sum((0, 1)), valid.to(dtype).sum()[None])))
+            count = sums[-1].clamp(min=1)
+            mean = sums[:-1] / count
+            var = sum_over_processes(zero_padding((filled - mean).square(), padding).sum((0, 1))) / count
             with torch.no_grad():
                 unbiased = var * count / (count - 1).clamp(min=1)
                 # A step that overflows (mixed precision) is skipped by the scaler: it must not stay in the statistics.
@@ -404,6 +429,12 @@ class ConvTransformerRotaryEmbedding(KeepsDtype):
     """
     Rotary positions (RoFormer, https://arxiv.org/abs/2104.09864), counted in steps of each level: step 3 of any level has
     the same rotation, as every level has the same window and shares the heads.
+
+    Types "dynamic" (NTK) and "longrope" have other frequencies for recordings longer than `max_len`. Here they follow
+    from each sample's own length, so that neither padding nor an earlier call changes them; and at every level from that
+    of the finest, because r times as many features are r times as many steps at every level.
+
+    `head_dim` is the width of an attention head, by default that of the backbone's.
     """
 
     inv_freq: torch.Tensor
@@ -411,10 +442,8 @@ class ConvTransformerRotaryEmbedding(KeepsDtype):
     def __init__(self, config: ConvTransformerConfig, head_dim: int | None = None, device=None):
         super().__init__()
         # transformers looks for an attention head's width in `head_dim`, which here is the width of the detection heads.
-        head_dim = config.n_embd // config.n_head if head_dim is None else head_dim
-        self.config = type(config).from_dict({**config.to_dict(), "head_dim": head_dim})
-        self.max_seq_len_cached = config.max_len
-        self.original_max_seq_len = config.max_len
+        width = head_dim or config.n_embd // config.n_head
+        self.config = type(config).from_dict({**config.to_dict(), "head_dim": width})
         self.rope_type = self.config.rope_parameters["rope_type"]
         rope_init = self.compute_default_rope_parameters
         if self.rope_type != "default":
@@ -428,13 +457,40 @@ class ConvTransformerRotaryEmbedding(KeepsDtype):
         channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
         return 1.0 / (config.rope_parameters["rope_theta"] ** (channels / config.head_dim)), 1.0
 
+    def slowed(self, lengths: torch.Tensor) -> torch.Tensor | float:
+        """By how much frequencies are divided for recordings of so many features: (batch, 1, channels of a head / 2)."""
+        parameters, lengths = self.config.rope_parameters, lengths[:, None, None].float()
+        if self.rope_type == "dynamic":
+            growth = parameters["factor"] * (lengths / self.config.max_len).clamp(min=1) - (parameters["factor"] - 1)
+            # theta grows by growth ** (width / (width - 2)): the first pair of channels stays, the last slows the most.
+            width = self.config.head_dim
+            return growth ** (torch.arange(0, width, 2, device=lengths.device) / (width - 2))
+        if self.rope_type == "longrope":
+            short, long = (lengths.new_tensor(parameters[name]) for name in ("short_factor", "long_factor"))
+            is_long = lengths > parameters["original_max_position_embeddings"]
+            return torch.where(is_long, long / short, 1.0)
+        return 1.0
+
     @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, each (1, time, channels of a head) in the dtype of `x`; angles are float32."""
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            x: a tensor with the device and dtype of the results.
+            position_ids: (1, time).
+            lengths: (batch,), the number of features of each sample; `None`: as many as positions.
+
+        Returns:
+            cosine and sine, each (1, time, channels of a head), or (batch, ...) where frequencies go by `lengths`; angles
+            are float32.
+        """
+        if lengths is None:
+            lengths = torch.full((1,), position_ids.shape[-1], device=x.device)
         device_type = x.device.type if x.device.type != "mps" else "cpu"
         with maybe_autocast(device_type=device_type, enabled=False):
-            angles = position_ids[..., None].float() * self.inv_freq.float().to(x.device)
+            frequencies = self.inv_freq.float().to(x.device) / self.slowed(lengths)
+            angles = position_ids[..., None].float() * frequencies
             angles = torch.cat((angles, angles), dim=-1)
             cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
@@ -442,11 +498,11 @@ class ConvTransformerRotaryEmbedding(KeepsDtype):
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
-    Turns (batch, heads, time, channels) by the angles whose cosines and sines are (1, time, channels): channels i and
-    i + half of a head are one pair of coordinates.
+    Turns (batch, heads, time, channels) by the angles whose cosines and sines are (1 or batch, time, channels): channels
+    i and i + half of a head are one pair of coordinates.
     """
     half = x.shape[-1] // 2
-    sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)  # small: one for all samples and heads
+    sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)  # small: one for all heads
     return (x * cos[:, None]).addcmul_(x.roll(half, dims=-1), sin[:, None])
 
 
@@ -579,8 +635,8 @@ class ConvTransformerAttention(nn.Module):
         self.o_proj = nn.Linear(config.n_head * self.head_dim, width)
         self.dropout = nn.Dropout(config.proj_pdrop)
         self.relative_bias = None
-        if config.use_rel_pe and self.window > 1:
-            self.relative_bias = nn.Parameter(torch.zeros(config.n_head, self.window))
+        if config.relative_bias_widths[level] and not is_cross:
+            self.relative_bias = nn.Parameter(torch.zeros(config.n_head, config.relative_bias_widths[level]))
 
     def forward(
         self,
@@ -950,7 +1006,8 @@ class ConvTransformerModel(ConvTransformerPreTrainedModel):
 
         rotary = [None] * len(lengths)
         if self.rotary_emb is not None:
-            cos, sin = self.rotary_emb(x, torch.arange(lengths[0], device=x.device)[None])
+            counts = None if valid is None else valid.sum(dim=1)
+            cos, sin = self.rotary_emb(x, torch.arange(lengths[0], device=x.device)[None], counts)
             rotary = [(cos[:, :length], sin[:, :length]) for length in lengths]
         masks = [
             make_attention_mask(config._attn_implementation, one, length, window, config.is_causal, x.dtype, x.device)
@@ -1319,6 +1376,7 @@ class ConvTransformerDecoder(nn.Module):
         valids: Sequence[torch.Tensor | None],
         text: torch.Tensor,
         text_valid: torch.Tensor | None,
+        lengths: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -1326,13 +1384,18 @@ class ConvTransformerDecoder(nn.Module):
             features, valids: the levels after the neck, finest first, each (batch, time / stride, channels), and their masks,
                 each (batch, time / stride) bool, True = valid, or `None` = no padding.
             text: (batch, queries, words, text width); text_valid: (batch, queries, words) bool or `None`.
+            lengths: (batch,), the number of features of each recording.
 
         Returns:
             logits (batch, queries, points) and offsets (batch, queries, points, 2) in strides, 0 or more, float32.
         """
         batch, queries = text.shape[:2]
         text = self.text_proj(text)
-        levels = [self._read_time(x, valid, **kwargs) for x, valid in zip(features, valids, strict=True)]
+        rotary = None
+        if self.rotary_emb is not None:
+            steps = torch.arange(features[0].shape[1], device=text.device)[None]
+            rotary = self.rotary_emb(features[0], steps, lengths)
+        levels = [self._read_time(x, valid, rotary, **kwargs) for x, valid in zip(features, valids, strict=True)]
         count = queries
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()):
             count = max(_STEPS_AT_ONCE // (batch * features[0].shape[1]), 1)
@@ -1341,38 +1404,38 @@ class ConvTransformerDecoder(nn.Module):
             some = slice(first, first + count)
             of_text = None if text_valid is None else text_valid[:, some].flatten(0, 1)
             decoded = [
-                self._read_text(level, *one, text[:, some].flatten(0, 1), of_text, **kwargs)
+                self._read_text(level, *one, rotary, text[:, some].flatten(0, 1), of_text, **kwargs)
                 for level, one in enumerate(levels)
             ]
             for parts, one in zip((logits, offsets), zip(*decoded, strict=True), strict=True):
                 parts.append(torch.cat(one, dim=1).unflatten(0, (batch, -1)))
         return torch.cat(logits, dim=1).squeeze(-1), torch.cat(offsets, dim=1)
 
-    def _read_time(self, x: torch.Tensor, valid: torch.Tensor | None, **kwargs) -> tuple:
+    def _read_time(self, x: torch.Tensor, valid: torch.Tensor | None, rotary, **kwargs) -> tuple:
         """A level before it has seen a word, and its mask."""
-        padding = None if valid is None else ~valid[..., None]
-        x = zero_padding(self.time_proj(x), padding)
-        return self._look_around(self.time_blocks[0], x, valid, **kwargs), valid
+        x = zero_padding(self.time_proj(x), None if valid is None else ~valid[..., None])
+        return self._look_around(self.time_blocks[0], x, valid, rotary, **kwargs), valid
 
-    def _look_around(self, block: nn.Module, x: torch.Tensor, valid: torch.Tensor | None, **kwargs) -> torch.Tensor:
-        padding, config, length = None if valid is None else ~valid[..., None], self.config, x.shape[1]
-        rotary = None
-        if self.rotary_emb is not None:
-            rotary = self.rotary_emb(x, torch.arange(length, device=x.device)[None])
+    def _look_around(self, block: nn.Module, x: torch.Tensor, valid: torch.Tensor | None, rotary, **kwargs):
+        padding, length = None if valid is None else ~valid[..., None], x.shape[1]
+        if rotary is not None:
+            rotary = tuple(one[:, :length] for one in rotary)
+            if rotary[0].shape[0] > 1:  # angles of each recording
+                rotary = tuple(repeat_for_queries(one, x) for one in rotary)
         mask = make_attention_mask(
-            config._attn_implementation, valid, length, block.attn.window, config.is_causal, x.dtype, x.device
+            self.config._attn_implementation, valid, length, block.attn.window, block.attn.is_causal, x.dtype, x.device
         )
         return block(x, padding, padding, mask, rotary, **kwargs)
 
     def _read_text(
-        self, level: int, x: torch.Tensor, valid: torch.Tensor | None, text: torch.Tensor, text_valid, **kwargs
+        self, level: int, x: torch.Tensor, valid: torch.Tensor | None, rotary, text: torch.Tensor, text_valid, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (batch * queries, time, 1) and offsets (batch * queries, time, 2) of a level."""
         mask = make_text_mask(self.config._attn_implementation, text_valid, x.dtype)
         text_padding = None if text_valid is None else ~text_valid[..., None]
         for index, block in enumerate(self.text_blocks):
             if index:
-                x = self._look_around(self.time_blocks[index], x, valid, **kwargs)
+                x = self._look_around(self.time_blocks[index], x, valid, rotary, **kwargs)
             padding = None if valid is None else ~valid[..., None]
             x = block(x, padding, padding, mask, None, text, text_padding, **kwargs)
             valid = repeat_for_queries(valid, text)
@@ -1399,6 +1462,15 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
             raise ValueError(
                 "Moment retrieval needs a text encoder, text_config=AutoConfig.from_pretrained(...), or the width of the "
                 "embeddings that queries are given as: text_dim=384, say."
+            )
+        if (
+            config.use_rope
+            and config.rope_parameters["rope_type"] == "dynamic"
+            and config.decoder_width == 2 * config.n_head
+        ):
+            raise ValueError(
+                f"rope_parameters has rope_type 'dynamic', which needs heads of more than 2 channels, but the decoder's have "
+                f"{config.decoder_width} / {config.n_head} (decoder_dim / n_head); decoder_dim={4 * config.n_head} would work."
             )
         self.model = ConvTransformerModel(config)
         self.neck = NECKS[config.fpn_type](config)
@@ -1502,7 +1574,10 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
             )
         outputs = self.model(input_features, attention_mask, return_dict=True, **kwargs)
         features, valids = self._apply_neck(outputs, attention_mask)
-        logits, offsets = self.decoder(features, valids, text.to(features[0].dtype), text_valid)
+        lengths = torch.full((1,), input_features.shape[1], device=text.device)
+        if attention_mask is not None:
+            lengths = attention_mask.sum(dim=1)
+        logits, offsets = self.decoder(features, valids, text.to(features[0].dtype), text_valid, lengths)
 
         point_mask = self._mask_points(features, valids)
         points, strides, levels = self._make_points([x.shape[1] for x in features], offsets.device)

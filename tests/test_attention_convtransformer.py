@@ -201,9 +201,8 @@ def dense(query, key, value, may_see, bias=None):
         scores = query[:, head] @ key[:, head // groups].transpose(1, 2) / math.sqrt(query.shape[-1])
         if bias is not None:
             half = bias.shape[1] // 2
-            offsets = torch.arange(length)[None, :] - torch.arange(length)[:, None] + half
-            inside = (offsets >= 0) & (offsets <= 2 * half)
-            scores = scores + torch.where(inside, bias[head].double()[offsets.clamp(0, 2 * half)], 0.0)
+            offsets = torch.arange(length)[None, :] - torch.arange(length)[:, None]
+            scores = scores + bias[head].double()[offsets.clamp(-half, half) + half]  # windows end there anyway
         scores = scores.exp() * may_see[:, 0]  # float64 holds e to the 700: no maximum to subtract
         weights = scores / scores.sum(-1, keepdim=True).clamp(min=1e-300)
         heads.append(weights @ value[:, head // groups])
@@ -240,7 +239,8 @@ def random_case(seed, batch, length, heads, kv_heads, padding, window, with_bias
         "left": steps >= length - counts,
         "holes": torch.rand(batch, length, generator=generator) < 0.6,
     }[padding]
-    bias = torch.randn(heads, window, generator=generator) if with_bias else None
+    # beyond 7 steps, global attention has the bias of 7
+    bias = torch.randn(heads, window if window > 1 else 15, generator=generator) if with_bias else None
     return query, key, value, valid, bias
 
 
@@ -271,7 +271,7 @@ def compared(implementation, may_see, valid):
 )
 def test_equals_a_dense_softmax(seed, length, window, padding, is_causal, heads, with_bias, implementation):
     window = 2 * length + 1 if window == "all" else window
-    with_bias = with_bias and window > 1 and implementation not in FLASH
+    with_bias = with_bias and implementation not in FLASH
     padding = padding if has_kernel_for(implementation, window, padding, with_bias) else "left"
     query, key, value, valid, bias = random_case(seed, 2, length, *heads, padding, window, with_bias)
     output, weights = attend_here(implementation, query, key, value, valid, window, is_causal, bias)
@@ -296,7 +296,7 @@ def test_equals_a_dense_softmax(seed, length, window, padding, is_causal, heads,
     ("length", "window"), [(70, -1), (70, 3), (70, 9), (70, 63), (70, 141), (129, 19), (257, -1), (257, 129)]
 )
 def test_outputs_and_gradients_equal_a_dense_softmax(length, window, padding, is_causal):
-    for with_bias in {False, window > 1}:
+    for with_bias in (False, True):
         query, key, value, valid, bias = random_case(window, 2, length, 4, 2, padding, window, with_bias)
         inputs = [query, key, value] + ([bias] if bias is not None else [])
         inputs = [tensor.requires_grad_() for tensor in inputs]
@@ -329,7 +329,7 @@ def test_outputs_and_gradients_equal_a_dense_softmax(length, window, padding, is
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_a_sample_without_a_valid_step_is_finite_and_leaves_its_neighbours_alone(implementation, window, is_causal):
     length, is_flex = 50, implementation == "flex_attention"
-    with_bias = window > 1 and implementation not in FLASH
+    with_bias = implementation not in FLASH
     query, key, value, _, bias = random_case(0, 3, length, 2, 2, "none", window, with_bias)
     valid = torch.ones(3, length, dtype=torch.bool)
     valid[1] = False
@@ -537,6 +537,30 @@ def test_a_window_never_builds_time_by_time():
     assert memory.largest >= length**2  # the measurement sees what it should
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both_ways", "causal"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_global_bias_never_builds_time_by_time(padded, is_causal):
+    """Nor does what its gradients need."""
+    length = 3000
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 2, length, 4, requires_grad=True) for _ in range(3)]
+    bias = torch.randn(2, 41, requires_grad=True)
+    valid = torch.arange(length)[None] < 2500 if padded else None
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor
+
+    with LargestTensor() as memory, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output, _ = attend_here("sdpa", *inputs, valid, -1, is_causal, bias)
+    assert sum(kept.values()) < 10 * length * 8  # it grows with the length, not with its square
+    with memory:
+        output.sum().backward()
+    assert memory.largest <= 2 * 128 * (length + 128)  # biases of two heads and 128 queries
+    assert bias.grad[:, :20].abs().min() > 0  # of what lies behind
+
+
 def test_causal_padding_never_builds_time_by_time():
     length = 5000
     torch.manual_seed(0)
@@ -569,6 +593,9 @@ def test_block_masks_never_build_time_by_time(left):
         ({"mha_win_size": 9}, True),
         ({"mha_win_size": 9, "is_causal": True}, True),
         ({"mha_win_size": 9, "is_causal": True, "use_rel_pe": True, "use_rope": False}, True),
+        ({"use_rel_pe": True}, False),
+        ({"use_rel_pe": True, "is_causal": True}, True),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}, "max_len": 100}, True),
     ],
     ids=str,
 )
@@ -600,6 +627,8 @@ SETTINGS = {
     "causal_window": {"is_causal": True, "mha_win_size": 9, "n_kv_head": 3},
     "bias": {"mha_win_size": 9, "use_rel_pe": True},
     "bias_causal_windows": {"is_causal": True, "mha_win_size": [9, 3, -1, 129], "use_rel_pe": True, "n_kv_head": 2},
+    "bias_global": {"use_rel_pe": True, "rel_pe_max_distance": 20},
+    "bias_global_causal": {"is_causal": True, "use_rel_pe": True, "rel_pe_max_distance": 3, "n_kv_head": 2},
 }
 OTHERS = ["sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"]
 CASES = [
@@ -777,7 +806,11 @@ def test_flex_attention_on_a_cpu_as_users_call_it(monkeypatch):
 
 BIAS = {"mha_win_size": [9, -1, 3, 1], "use_rel_pe": True}
 WIDE = {"n_embd": 516, "n_head": 2}  # heads of 258 channels
-REFUSED = {"bias": (BIAS, "use_rel_pe"), "wide": (WIDE, "256 channels")}
+REFUSED = {
+    "bias": (BIAS, "use_rel_pe"),
+    "bias_global": ({"use_rel_pe": True}, "use_rel_pe"),
+    "wide": (WIDE, "256 channels"),
+}
 
 
 @pytest.mark.parametrize("implementation", [*FLASH, "flash_attention_4"])
@@ -793,7 +826,16 @@ def test_flash_kernels_refuse_what_they_cannot_do(name, implementation):
         check_attention_backend(other, config)
 
 
-@pytest.mark.parametrize("fields", [{}, {"mha_win_size": 9}, {"n_embd": 512, "n_head": 2}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"mha_win_size": 9},
+        {"n_embd": 512, "n_head": 2},
+        {"arch": (1, 0, 3), "mha_win_size": [9, -1, -1, -1], "use_rel_pe": False},
+    ],
+    ids=str,
+)
 def test_flash_kernels_take_what_they_can_do(fields):
     check_attention_backend("flash_attention_2", ConvTransformerConfig(**{**SMALL, **fields}))
 
@@ -802,7 +844,7 @@ def test_flash_kernels_take_what_they_can_do(fields):
 @pytest.mark.parametrize("kind", [ConvTransformerModel, ConvTransformerForTemporalActionLocalization])
 def test_flash_kernels_refuse_at_load(kind, name, flash_installed, tmp_path):
     fields, words = REFUSED[name]
-    model = make_model({**fields, "arch": (1, 1, 3 if name == "bias" else 0)}, kind, "sdpa")
+    model = make_model({**fields, "arch": (1, 1, 0 if name == "wide" else 3)}, kind, "sdpa")
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=words):
         kind.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
@@ -873,8 +915,10 @@ def count_graphs(settings, padded, lengths):
         ({}, True, 1),
         ({"is_causal": True}, True, 1),
         ({"mha_win_size": 9, "use_rel_pe": True, "is_causal": True}, True, 2),
+        ({"use_rel_pe": True}, True, 1),
+        ({"use_rope": True, "max_len": 150, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, True, 1),
     ],
-    ids=["global", "causal", "window"],
+    ids=["global", "causal", "window", "bias", "dynamic_rope"],
 )
 @torch.no_grad()
 def test_one_graph_serves_many_lengths(settings, padded, most):

@@ -41,7 +41,8 @@ CHANGED = {
     "rope_parameters": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
     "use_abs_pe": {"use_abs_pe": True},
     "use_learned_pe": {"use_learned_pe": True},
-    "use_rel_pe": {"use_rel_pe": True, "mha_win_size": 9},
+    "use_rel_pe": {"use_rel_pe": True},
+    "rel_pe_max_distance": {"rel_pe_max_distance": 16},
     "use_swiglu": {"use_swiglu": False},
     "use_rms_norm": {"use_rms_norm": False},
     "use_batch_norm": {"use_batch_norm": True, "use_rms_norm": False},
@@ -267,7 +268,11 @@ CONFLICTS = [
     ({"mha_win_size": 8}, ["mha_win_size", "9 would"], {"mha_win_size": 9}),
     ({"mha_win_size": [9] * 5 + [4]}, ["mha_win_size", "5 would"], {"mha_win_size": [9] * 5 + [5]}),
     ({"mha_win_size": [9]}, ["mha_win_size", "arch", "6 windows"], {"mha_win_size": [9] * 6}),
-    ({"use_rel_pe": True}, ["use_rel_pe", "mha_win_size=9", "use_rope=True"], {"mha_win_size": 9}),
+    (
+        {"use_rel_pe": True, "rel_pe_max_distance": 0},
+        ["use_rel_pe", "mha_win_size=9", "rel_pe_max_distance=64"],
+        {"mha_win_size": 9},
+    ),
     ({"use_abs_pe": True, "use_learned_pe": True}, ["use_abs_pe", "use_learned_pe=False"], {"use_learned_pe": False}),
     ({"use_batch_norm": True}, ["use_batch_norm", "use_rms_norm=False"], {"use_rms_norm": False}),
     ({"scale_factor": 3}, ["scale_factor", "2 would"], {"scale_factor": 2}),
@@ -295,6 +300,11 @@ CONFLICTS = [
     ({"norm_eps": -1e-5}, ["norm_eps"], {"norm_eps": 1e-5}),
     ({"rope_parameters": {"rope_type": "spiral"}}, ["rope_parameters", "linear"], {"rope_parameters": None}),
     ({"rope_parameters": {"rope_type": "linear"}}, ["rope_parameters", "factor"], {"rope_parameters": None}),
+    (
+        {"n_head": 128, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+        ["rope_parameters", "n_head 128", "'linear' would"],
+        {"n_head": 64},
+    ),
     ({"rope_parameters": {"rope_theta": -1.0}}, ["rope_parameters", "rope_theta"], {"rope_parameters": None}),
     ({"num_labels": 0}, ["num_labels"], {"num_labels": 1}),
 ]
@@ -357,6 +367,9 @@ ABSURD = [
     {"fpn_dim": 2**40, "fpn_type": "fpn"},
     {"mha_win_size": 2**40 + 1},
     {"mha_win_size": 2**23 + 1, "use_rel_pe": True, "n_embd": 2048, "n_head": 1024},
+    {"rel_pe_max_distance": 2**40},
+    {"rel_pe_max_distance": -1},
+    {"rel_pe_max_distance": 2**22, "use_rel_pe": True, "n_embd": 2048, "n_head": 1024},
     {"n_embd": 65536, "n_head": 64, "arch": [2, 200, 5]},
 ]
 
@@ -621,6 +634,10 @@ def test_one_thing_said_twice_differently(fields, words):
         ("{n_mha_win_size: 8}", {"mha_win_size": 9}),
         ("{n_mha_win_size: [6, 6, 6, 5, -1, -1]}", {"mha_win_size": [7, 7, 7, 5, -1, -1]}),
         ("{n_mha_win_size: [-1, -1, -1, -1, -1, -1], use_rel_pe: true}", {"use_rel_pe": False}),
+        (
+            "{n_mha_win_size: [9, 9, 9, 9, -1, -1], use_rel_pe: true}",
+            {"use_rel_pe": True, "relative_bias_widths": [9, 9, 9, 9, 0, 0]},
+        ),
         ("{backbone_type: conv, use_abs_pe: true}", {"use_abs_pe": False, "backbone_type": "conv"}),
     ],
 )

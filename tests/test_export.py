@@ -59,6 +59,8 @@ SETTINGS = {
     "fpn_learned_positions": {"fpn_type": "fpn", "use_learned_pe": True},
     "conv_backbone": {"backbone_type": "conv", "path_pdrop": 0},
     "v1": {**PLAIN, "mask_conv_inputs": False, "use_abs_pe": True},
+    "global_rel_pe": {**PLAIN, "use_rel_pe": True, "rel_pe_max_distance": 7},
+    "dynamic_rope": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
 }
 
 
@@ -299,15 +301,6 @@ def test_folders_that_hold_no_detector(detector, tmp_path, monkeypatch, capsys):
     assert "no whole detector" in message
     assert "_head" in message
     assert not (tmp_path / "out").exists()
-
-
-def test_positions_that_change_with_the_length_are_refused(detector, tmp_path, monkeypatch, capsys):
-    parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    make_detector(**TINY, rope_parameters=parameters).save_pretrained(tmp_path)
-    shutil.copy(detector / "preprocessor_config.json", tmp_path)
-    message = error_of(capsys, monkeypatch, tmp_path, tmp_path / "out")
-    assert "rotary positions of type 'dynamic'" in message
-    assert "default, linear, yarn, llama3" in message
 
 
 def test_missing_packages_are_named(detector, tmp_path, monkeypatch, capsys):

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_convtransformer import (
     ConvTransformerConfig,
     ConvTransformerForTemporalActionLocalization,
     ConvTransformerModel,
+    attention_convtransformer,
 )
 from modeling_convtransformer.modeling_convtransformer import (
     AffineDropPath,
@@ -50,11 +52,24 @@ VARIANTS = {
     "only_abs_pe": {**PLAIN, "use_abs_pe": True},
     "only_learned_pe": {**PLAIN, "use_learned_pe": True},
     "only_rel_pe": {**PLAIN, **WINDOWS, "use_rel_pe": True},
+    "only_rel_pe_global": {**PLAIN, "use_rel_pe": True, "rel_pe_max_distance": 5},
+    "rope_linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+    "rope_dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
+    "rope_yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+    "rope_longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "short_factor": [1.0, 1.0],
+            "long_factor": [1.5, 4.0],
+        }
+    },
     "only_drop_path": {**PLAIN, "path_pdrop": 0.1},
     "window": WINDOWS,
     "window_plain": {**PLAIN, **WINDOWS},
     "mixed_windows": {"mha_win_size": [9, -1, 3, 1]},
     "mixed_windows_rel_pe": {"mha_win_size": [9, -1, 3, 1], "use_rel_pe": True},
+    "mixed_windows_rel_pe_v1": {"mha_win_size": [9, -1, 3, 1], "use_rel_pe": True, "rel_pe_max_distance": 0},
     "window_over_all": {"mha_win_size": 101, "use_rel_pe": True},
     "all": {**WINDOWS, "use_abs_pe": True, "use_rel_pe": True, "n_kv_head": 2, "fpn_type": "fpn"},
     "no_drop_path": {"path_pdrop": 0},
@@ -81,6 +96,7 @@ VARIANTS = {
     "causal_window": {"is_causal": True, **WINDOWS},
     "causal_plain": {**PLAIN, "is_causal": True, "use_learned_pe": True},
     "causal_rel_pe": {"is_causal": True, "use_rel_pe": True, "mha_win_size": 9},
+    "causal_rel_pe_global": {"is_causal": True, "use_rel_pe": True, "rel_pe_max_distance": 5},
     "causal_rel_pe_over_all": {"is_causal": True, "use_rel_pe": True, "mha_win_size": 101, "use_rope": False},
     "causal_conv": {"is_causal": True, "backbone_type": "conv", "fpn_type": "fpn"},
     "causal_scale_4": {"is_causal": True, "scale_factor": 4, "arch": (1, 1, 2), "fpn_type": "fpn"},
@@ -237,8 +253,7 @@ def pad(samples, garbage, length):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_padded_sample_equals_the_same_sample_alone(variant, implementation):
     model = make_detector(implementation, **VARIANTS[variant])
-    # Sequences beyond max_len (32) stretch the position tables over the padded length: not invariant, as in v1.
-    longest = 32 if model.config.use_abs_pe or model.config.use_learned_pe else 45
+    longest = 45  # beyond max_len (32)
     samples = make_samples(model.config, [19, longest, 1, longest - 3, 8])
     alone = [run_both(model, sample) for sample in samples]
     for garbage, order in [(0.0, [0, 1, 2]), (1e6, [1, 2, 3]), (math.nan, [2, 4, 0, 3]), (math.inf, [3, 0, 1, 4])]:
@@ -516,6 +531,21 @@ def test_sinusoids_equal_numpy():
     np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=1e-7)  # one rounding to float32
 
 
+@pytest.mark.parametrize("variant", ["only_abs_pe", "only_learned_pe", "causal_plain"])
+def test_tables_stretch_over_each_samples_own_length(variant):
+    """Beyond max_len (32) too, a sample gives the same alone and padded, and gradients reach every row."""
+    model = make_detector(**VARIANTS[variant])
+    samples = make_samples(model.config, [100, 33, 32, 7])
+    output = run(model, *pad(samples, math.nan, 100))
+    for row, sample in enumerate(samples):
+        expected, valid = run(model, sample), output.point_mask[row] == 1
+        torch.testing.assert_close(output.logits[row, valid], expected.logits[0], **CLOSE)
+        torch.testing.assert_close(output.pred_segments[row, valid], expected.pred_segments[0], **CLOSE)
+    if model.config.use_learned_pe:
+        model(samples[0]).logits.sum().backward()
+        assert model.model.embedding.positions.table.grad.abs().sum(-1).min() > 0
+
+
 @pytest.mark.parametrize("learned", [False, True])
 def test_positions_are_added_once_and_stretch_beyond_the_table(learned):
     torch.manual_seed(0)
@@ -583,6 +613,8 @@ def test_rotary_angles_are_float32_in_half_precision(dtype):
         {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
         {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
         {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0},
+        {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0},
+        {**VARIANTS["rope_longrope"]["rope_parameters"], "rope_theta": 10000.0},
     ],
     ids=lambda parameters: parameters["rope_type"],
 )
@@ -597,6 +629,73 @@ def test_other_kinds_of_rotary_positions(parameters, tmp_path):
     assert torch.equal(run(loaded, features).logits, output.logits)
     if parameters["rope_type"] == "linear":
         torch.testing.assert_close(model.model.rotary_emb.inv_freq, other.model.rotary_emb.inv_freq / 4)
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("head_dim", [None, 8, 24])
+def test_rotary_angles_are_those_of_transformers_for_each_length(rope_type, head_dim):
+    """Below max_len and above, of several samples at once, whatever was asked before."""
+    parameters = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 500.0}
+    config = make_config(n_embd=64, rope_parameters=parameters)  # heads of 16 channels; max_len 32
+    rotary, width = ConvTransformerRotaryEmbedding(config, head_dim), head_dim or 16
+    plain = ConvTransformerConfig(
+        n_embd=2 * width, n_head=2, head_dim=width, max_len=32, rope_parameters=dict(parameters)
+    )
+    positions = torch.arange(200)[None]
+    for lengths in ([200, 33, 32, 1], [7], [64]):
+        cos, sin = rotary(torch.zeros(1), positions, torch.tensor(lengths))
+        for row, length in enumerate(lengths):
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](plain, seq_len=length)
+            angles = (positions[0, :, None] * frequencies).repeat(1, 2)
+            one = row if rope_type == "dynamic" else 0
+            assert len(cos) == (len(lengths) if rope_type == "dynamic" else 1)
+            # frequencies are off by two roundings to float32, 2e-7 of up to 200 radians
+            torch.testing.assert_close(cos[one], angles.cos() * scaling, rtol=0, atol=1e-4)
+            torch.testing.assert_close(sin[one], angles.sin() * scaling, rtol=0, atol=1e-4)
+
+
+def test_dynamic_rotary_positions_keep_nothing_of_earlier_recordings():
+    model = make_detector(**VARIANTS["rope_dynamic"])
+    short, long = make_samples(model.config, [20, 90])
+    expected = run(model, short).logits
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    run(model, long)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert torch.equal(run(model, short).logits, expected)
+    assert torch.equal(expected, run(make_detector(), short).logits)  # within max_len: as trained
+
+
+def test_trained_weights_load_with_other_rotary_positions(tmp_path):
+    """Scaling needs no training, and keeps the theta that the weights were trained with."""
+    make_detector(rope_parameters={"rope_theta": 500.0}).save_pretrained(tmp_path)
+    for rope_type in ("linear", "dynamic", "yarn"):
+        parameters = {"rope_type": rope_type, "factor": 4.0}
+        loaded = ConvTransformerForTemporalActionLocalization.from_pretrained(tmp_path, rope_parameters=parameters)
+        assert parameters == {"rope_type": rope_type, "factor": 4.0}
+        assert loaded.config.rope_parameters["rope_theta"] == 500.0
+        expected = make_detector(rope_parameters={**parameters, "rope_theta": 500.0})
+        features = torch.randn(1, 50, 6, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(run(loaded.eval(), features).logits, run(expected, features).logits)
+    other = {"rope_type": "default", "rope_theta": 7.0}
+    loaded = ConvTransformerForTemporalActionLocalization.from_pretrained(tmp_path, rope_parameters=other)
+    assert loaded.config.rope_parameters["rope_theta"] == 7.0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, VARIANTS["rope_linear"], VARIANTS["rope_dynamic"], VARIANTS["rope_yarn"], VARIANTS["only_rel_pe_global"]],
+    ids=str,
+)
+def test_lengths_beyond_max_len_need_no_table(fields):
+    """Nothing that is stored depends on max_len, and only "dynamic" and "yarn" ask for it."""
+    model, longer = make_detector(**fields), make_detector(**fields, max_len=1000)
+    state = longer.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    (features,) = make_samples(model.config, [300])
+    output, expected = run(model, features), run(longer, features)
+    assert output.logits.isfinite().all()
+    is_same = fields.get("rope_parameters", {}).get("rope_type") in (None, "linear")
+    assert torch.equal(output.logits, expected.logits) == is_same
 
 
 # --- Initialisation --------------------------------------------------------------------------------------------------------------
@@ -862,8 +961,11 @@ def test_tuples():
     assert torch.equal(pyramid[0], pyramid[1][-1])
 
 
-@pytest.mark.parametrize("variant", ["default", "all", "conv_backbone"])
-def test_gradient_checkpointing(variant):
+@pytest.mark.parametrize(
+    "variant", ["default", "all", "conv_backbone", "rope_dynamic", "only_rel_pe_global", "only_batch_norm"]
+)
+def test_gradient_checkpointing(variant, monkeypatch):
+    monkeypatch.setattr(attention_convtransformer, "_BIAS_BLOCK", 8)  # which is checkpointed itself
     torch.manual_seed(0)
     features, mask = torch.randn(2, 21, 6), torch.ones(2, 21)
     mask[1, 12:] = 0
