@@ -25,6 +25,7 @@ logger = logging.get_logger(__name__)
 
 TASK = "temporal-action-localization"
 DETECTOR = "ConvTransformerForTemporalActionLocalization"
+RETRIEVAL = "ConvTransformerForMomentRetrieval"
 # What a card cannot know before it is uploaded. The first is filled in by `push_to_hub`, the second by the reader.
 UNKNOWN_ID, UNKNOWN_REVISION = "<repository>", "<commit>"
 
@@ -57,6 +58,26 @@ import {package}  # tells transformers about the model
 from transformers import pipeline
 
 localize = pipeline("temporal-action-localization", model={where}, revision={pinned})
+""",
+)
+_RETRIEVAL_SNIPPETS = (
+    """
+from transformers import pipeline
+
+find = pipeline(
+    "moment-retrieval",
+    model={where},  # or a folder with its files
+    revision={pinned},
+    trust_remote_code=True,
+)
+moments = find("features.npy", ["what to look for", "and what else"], top_k=1)
+# for each query [{{"query": ..., "score": ..., "start": seconds, "end": seconds}}, ...], best first
+""",
+    """
+import {package}  # tells transformers about the model
+from transformers import pipeline
+
+find = pipeline("moment-retrieval", model={where}, revision={pinned})
 """,
 )
 _BACKBONE_SNIPPETS = (
@@ -131,26 +152,27 @@ def make_model_card(
     model_name = _one_line(model_name or (model_id or "").rpartition("/")[2] or "ConvTransformer")
     rows = {name: figures for name, values in (results or {}).items() if (figures := _figures(values))}
     base_id = base_model if base_model and is_hub_id(base_model) else None
+    architectures = getattr(config, "architectures", None) or [DETECTOR]
+    kind = next((name for name in (DETECTOR, RETRIEVAL) if name in architectures), None)
     metadata = ModelCardData(
         library_name="transformers",
         license=license.strip().lower() if license else None,
         base_model=base_id,
         datasets=[str(name) for name in dataset_ids] or None,
         # No pipeline_tag: the Hub accepts its own tasks only, and this is none of them.
-        tags=[TASK, "convtransformer", *tags],
+        tags=["moment-retrieval" if kind == RETRIEVAL else TASK, "convtransformer", *tags],
         model_name=model_name if rows else None,
         eval_results=_eval_results(rows, dataset, dataset_ids) or None,
     )
-    is_detector = DETECTOR in (getattr(config, "architectures", None) or [DETECTOR])
     parts = [
         f"# {_plain(model_name)}",
-        _introduction(config, num_parameters, is_detector),
+        _introduction(config, num_parameters, kind),
         f"![Timeline of one recording]({picture})\n\n*{caption}*" if picture else "",
         _results(rows, dataset),
-        _usage(config, model_id or UNKNOWN_ID, revision or UNKNOWN_REVISION, is_detector),
+        _usage(config, model_id or UNKNOWN_ID, revision or UNKNOWN_REVISION, kind),
         _features(config, geometry, features),
         _training(base_model, base_id, dataset, dataset_ids, command, training),
-        _limits(config, rows, notes, is_detector),
+        _limits(config, rows, notes, kind),
     ]
     text = "\n\n".join(part for part in parts if part)
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
@@ -191,10 +213,14 @@ def _eval_results(rows, dataset: str | None, dataset_ids: Sequence[str]) -> list
     return results
 
 
-def _introduction(config, num_parameters: int | None, is_detector: bool) -> str:
-    if is_detector:
+def _introduction(config, num_parameters: int | None, kind: str | None) -> str:
+    strides = config.detector_strides
+    if kind == DETECTOR:
         what = "Temporal action localization: features of a long recording go in, scored segments in seconds come out."
-        strides = config.detector_strides
+    elif kind == RETRIEVAL:
+        what = (
+            "Moment retrieval: features of a long recording and sentences go in, scored segments in seconds come out."
+        )
     else:
         what = "A backbone for temporal action localization: features of a long recording go in, a pyramid of them comes out."
         strides = config.strides
@@ -204,7 +230,11 @@ def _introduction(config, num_parameters: int | None, is_detector: bool) -> str:
         " The architecture is a ConvTransformer, that of [ActionFormer](https://arxiv.org/abs/2202.07925) (Zhang, Wu and Li, "
         f"ECCV 2022): {size}width {config.n_embd}, {levels}."
     )
-    if not is_detector:
+    if kind == RETRIEVAL and config.text_config is not None:
+        what += f" Sentences are read by a text encoder inside the model (model type {_code(config.text_config.model_type)})."
+    elif kind == RETRIEVAL:
+        what += f" Sentences go in as embeddings of their words, {config.text_width} wide, of another model."
+    if kind != DETECTOR:
         return what
     names = [str(name) for _, name in sorted(config.id2label.items(), key=lambda item: int(item[0]))]
     if names == [f"LABEL_{index}" for index in range(len(names))]:
@@ -232,8 +262,8 @@ def _results(rows, dataset: str | None) -> str:
     )
 
 
-def _usage(config, model_id: str, revision: str, is_detector: bool) -> str:
-    first, second = _SNIPPETS if is_detector else _BACKBONE_SNIPPETS
+def _usage(config, model_id: str, revision: str, kind: str | None) -> str:
+    first, second = {DETECTOR: _SNIPPETS, RETRIEVAL: _RETRIEVAL_SNIPPETS}.get(kind, _BACKBONE_SNIPPETS)
     names = {"where": model_id, "pinned": revision, "label": str(config.id2label[0])}
     names = {key: json.dumps(name, ensure_ascii=False) for key, name in names.items()}
     names["package"] = "modeling_convtransformer"  # (a line of this file that imported it would not travel)
@@ -287,16 +317,18 @@ def _training(base_model, base_id, dataset, dataset_ids, command, training) -> s
     return "\n\n".join(["## Training", *blocks]) if blocks else ""
 
 
-def _limits(config, rows, notes: Sequence[str], is_detector: bool) -> str:
+def _limits(config, rows, notes: Sequence[str], kind: str | None) -> str:
     limits = []
-    if is_detector:
+    if kind == DETECTOR:
         limits.append("It knows the classes above and no other: other actions are missed, or taken for one of them.")
+    elif kind == RETRIEVAL:
+        limits.append("It gives moments for any sentence: a low score, not their absence, says that nothing fits.")
     if rows:
         limits.append(
             "The figures are of the recordings named above. With recordings of another origin (people, places, cameras, sensors) "
             "nothing has been measured."
         )
-    elif is_detector:
+    elif kind is not None:
         limits.append("How well it does has not been measured, as far as this card knows.")
     limits += notes
     return "\n".join(["## Limits\n", *(f"- {limit}" for limit in limits)]) if limits else ""

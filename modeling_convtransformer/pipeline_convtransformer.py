@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
@@ -254,6 +253,7 @@ class MomentRetrievalPipeline(ConvTransformerPipeline):
     """
 
     _model_class = "ConvTransformerForMomentRetrieval"
+    _load_tokenizer = None  # `__init__` says more than transformers would where it is missing
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -267,13 +267,10 @@ class MomentRetrievalPipeline(ConvTransformerPipeline):
         if self.tokenizer is None and processor is not None:
             self.tokenizer = processor.tokenizer
         if self.tokenizer is None:
-            try:
-                self.tokenizer = AutoTokenizer.from_pretrained(self.model.name_or_path)
-            except Exception as error:
-                raise ValueError(
-                    f"{name} has no usable tokenizer ({type(error).__name__}: {str(error).splitlines()[0]}). Pass tokenizer=, or "
-                    "save one beside it: ConvTransformerProcessor(feature_extractor, tokenizer).save_pretrained(folder)."
-                ) from error
+            raise ValueError(
+                f"{name} has no usable tokenizer to read queries with. Pass tokenizer=, or save the one of its text encoder "
+                "beside it: ConvTransformerProcessor(feature_extractor, tokenizer).save_pretrained(folder)."
+            )
         self._join = ConvTransformerProcessor(self.feature_extractor, self.tokenizer)
 
     def __call__(self, inputs, queries=None, **kwargs) -> list:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_processing_convtransformer import make_processor, make_retrieval
 from transformers import AutoConfig, AutoModelForObjectDetection, pipeline
 
 from modeling_convtransformer import (
@@ -110,7 +111,7 @@ def test_every_class_brings_all_code_and_names_all_classes(model_class, tmp_path
         "AutoModelForObjectDetection",
         "AutoModelForZeroShotObjectDetection",
     ]
-    assert list(config["custom_pipelines"]) == [TASK, "moment-retrieval"]
+    assert sorted(config["custom_pipelines"]) == ["moment-retrieval", TASK]
     assert sorted(path.name for path in tmp_path.glob("*.py")) == HUB_FILES
     for name in HUB_FILES:
         source = Path(__file__).parent.parent / "modeling_convtransformer" / name
@@ -201,7 +202,7 @@ def test_two_versions_of_the_code_do_not_mix(clean_python, tmp_path):
     old, new = publish(tmp_path / "old" / "model"), publish(tmp_path / "new" / "model")
     changed = new / "modeling_convtransformer.py"
     text = changed.read_text(encoding="utf-8")
-    assert text.count("logits=logits,") == 1
+    assert text.count("logits=logits,") == 2  # of the detector, and of moment retrieval
     changed.write_text(text.replace("logits=logits,", "logits=logits + 100,"), encoding="utf-8")
     script = """
 sums = []
@@ -293,3 +294,37 @@ print(json.dumps(errors))
     errors = run_clean(clean_python, script, published, home=tmp_path)
     assert len(errors) == 3
     assert all("trust_remote_code=True" in error for error in errors)
+
+
+@pytest.mark.slow
+def test_moments_without_the_package(clean_python, tmp_path):
+    folder = tmp_path / "finder"
+    make_retrieval().save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    assert sorted(path.name for path in folder.glob("*.py")) == HUB_FILES
+    features = np.random.default_rng(0).normal(size=(90, 6)).astype("float32")
+    expected = pipeline("moment-retrieval", model=str(folder))(features, ["lift", "lean forward"], top_k=2)
+    script = """
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+where, trust = sys.argv[1], {"trust_remote_code": True}
+processor = AutoProcessor.from_pretrained(where, **trust)
+model = AutoModelForZeroShotObjectDetection.from_pretrained(where, **trust).eval()
+with torch.no_grad():
+    outputs = model(**processor(features, ["lift", "lean forward"]))
+moments = processor.post_process_moment_retrieval(outputs, top_k=2)[0]
+find = pipeline("moment-retrieval", model=where, **trust)
+print(json.dumps({
+    "names": [type(one).__name__ for one in (processor, model, processor.feature_extractor)],
+    "scores": [one["scores"].tolist() for one in moments],
+    "found": find(features, ["lift", "lean forward"], top_k=2),
+}))
+"""
+    result = run_clean(clean_python, script, folder, home=tmp_path / "home")
+    assert result["names"] == [
+        "ConvTransformerProcessor",
+        "ConvTransformerForMomentRetrieval",
+        "ConvTransformerFeatureExtractor",
+    ]
+    assert result["found"] == expected
+    assert result["scores"] == [[moment["score"] for moment in own] for own in expected]

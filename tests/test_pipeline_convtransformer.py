@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from test_modeling_convtransformer import VARIANTS, make_config, randomize
+from test_processing_convtransformer import make_processor, make_retrieval
 from transformers import DetrConfig, DetrForObjectDetection, Wav2Vec2FeatureExtractor, pipeline
 from transformers.utils import logging
 
@@ -18,6 +19,7 @@ from modeling_convtransformer import (
     ConvTransformerFeatureExtractor,
     ConvTransformerForTemporalActionLocalization,
     ConvTransformerModel,
+    MomentRetrievalPipeline,
     TemporalActionLocalizationPipeline,
 )
 from modeling_convtransformer.data import window_features
@@ -428,3 +430,94 @@ def test_the_config_is_one_of_the_task(tmp_path):
     (tmp_path / "config.json").write_text(text.replace('"convtransformer"', '"no_such_type"'), encoding="utf-8")
     with pytest.raises(ValueError, match=r"no_such_type|trust_remote_code=True"):
         pipeline(TASK, model=str(tmp_path), trust_remote_code=False)
+
+
+# --- Moment retrieval --------------------------------------------------------------------------------------------------------------
+
+QUERIES = ["turn the arm outward", "lift"]
+
+
+def make_finder(batch_size=None, **fields) -> MomentRetrievalPipeline:
+    processor = make_processor()
+    parts = {"feature_extractor": processor.feature_extractor, "tokenizer": processor.tokenizer}
+    return pipeline("moment-retrieval", model=make_retrieval(**fields), batch_size=batch_size, device="cpu", **parts)
+
+
+def test_moments_of_all_kinds_of_inputs(tmp_path):
+    find, features = make_finder(), make_features(50)
+    np.save(tmp_path / "a.npy", features)
+    expected = []
+    with torch.no_grad():
+        outputs = find.model(**make_processor()(features, QUERIES))
+    (found,) = find.feature_extractor.post_process_moment_retrieval(outputs, threshold=0.1, top_k=4)
+    for query, moments in zip(QUERIES, found, strict=True):
+        rows = zip(moments["scores"].tolist(), moments["segments"].tolist(), strict=True)
+        expected.append([{"query": query, "score": score, "start": a, "end": b} for score, (a, b) in rows])
+    assert [len(moments) for moments in expected] == [4, 4]
+    settings = {"threshold": 0.1, "top_k": 4}
+    assert find(features, QUERIES, **settings) == expected
+    assert json.loads(json.dumps(expected)) == expected
+    single = find(features, "lift", **settings)
+    for one, other in zip(single, expected[1], strict=True):  # other sums: a batch of one
+        assert one.pop("query") == "lift"
+        assert one == pytest.approx({key: value for key, value in other.items() if key != "query"}, rel=1e-5)
+    assert find(tmp_path / "a.npy", queries=QUERIES, **settings) == expected
+    assert find({"features": features, "queries": QUERIES}, **settings) == expected
+    assert find([features, str(tmp_path / "a.npy")], QUERIES, **settings) == [expected, expected]
+    assert list(find((one for one in [features, features]), QUERIES, **settings)) == [expected, expected]
+    other = find({"features": features, "fps": 20}, "lift", **settings)
+    assert [one["start"] for one in other] == pytest.approx([one["start"] / 2 for one in single], rel=1e-5)
+    assert find([], QUERIES) == []
+
+
+def test_moments_of_batches_equal_one_by_one():
+    find = make_finder()
+    recordings = [make_features(length, seed=length) for length in (50, 23, 37)]
+    alone = [find(one, QUERIES, threshold=0.1, top_k=4) for one in recordings]
+    batched = find(recordings, QUERIES, threshold=0.1, top_k=4, batch_size=2)
+    for found, expected in zip(batched, alone, strict=True):
+        for one, other in zip(found, expected, strict=True):
+            assert [moment["query"] for moment in one] == [moment["query"] for moment in other]
+            numbers = [[[m["score"], m["start"], m["end"]] for m in side] for side in (one, other)]
+            np.testing.assert_allclose(*numbers, **CLOSE)
+
+
+def test_a_saved_finder(tmp_path):
+    find, features = make_finder(), make_features(50)
+    find.model.save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    loaded = pipeline("moment-retrieval", model=str(tmp_path))
+    assert type(loaded) is MomentRetrievalPipeline
+    assert loaded(features, QUERIES, top_k=3) == find(features, QUERIES, top_k=3)
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        ([], "No queries given"),
+        (None, "No queries given: pass a text"),
+        ("", "query 0 is ''"),
+        (["lift", " "], "query 1 is ' '"),
+        (["lift " * 20], "20 tokens, but the text encoder takes at most 12"),
+    ],
+)
+def test_queries_that_cannot_be_asked(queries, message):
+    with pytest.raises(ValueError, match=message):
+        make_finder()(make_features(20), queries)
+
+
+def test_a_finder_that_lacks_something(tmp_path):
+    processor = make_processor()
+    parts = {"feature_extractor": processor.feature_extractor, "tokenizer": processor.tokenizer}
+    with pytest.raises(ValueError, match="has no text encoder"):
+        pipeline("moment-retrieval", model=make_retrieval(text_config=None, text_dim=5), **parts)
+    with pytest.raises(ValueError, match="takes a ConvTransformerForMomentRetrieval"):
+        pipeline("moment-retrieval", model=make_pipeline().model, **parts)
+    make_retrieval().save_pretrained(tmp_path)
+    processor.feature_extractor.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"no usable tokenizer.*ConvTransformerProcessor\(feature_extractor, tokenizer\)"
+    ):
+        pipeline("moment-retrieval", model=str(tmp_path))
+    with pytest.raises(TypeError, match="Unknown arguments: window"):
+        make_finder()(make_features(20), "lift", window=9)
