@@ -7,6 +7,7 @@ Everything is computed with numpy on the CPU, so that a model exported to ONNX n
 where tensors went in.
 """
 
+import functools
 import inspect
 import math
 import os
@@ -628,6 +629,15 @@ def overlap(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.n
     return intersection
 
 
+def decay(iou: np.ndarray, method: str, iou_threshold: float, sigma: float) -> np.ndarray:
+    """What a segment that is kept leaves of the score of another that overlaps it by `iou` (overwritten); see `suppress`."""
+    if method == "soft":
+        np.square(iou, out=iou)
+        iou /= -sigma
+        return np.exp(iou, out=iou)
+    return np.where(iou >= iou_threshold, 1 - iou if method == "linear" else np.float32(0), np.float32(1))
+
+
 def suppress(
     segments,
     scores,
@@ -667,20 +677,14 @@ def suppress(
     candidates = candidates[groups[candidates].argsort(kind="stable")]
     parts = np.split(candidates, np.flatnonzero(np.diff(groups[candidates])) + 1)
 
-    def decay(iou: np.ndarray) -> np.ndarray:
-        if method == "soft":
-            np.square(iou, out=iou)
-            iou /= -sigma
-            return np.exp(iou, out=iou)
-        return np.where(iou >= iou_threshold, 1 - iou if method == "linear" else np.float32(0), np.float32(1))
-
+    weigh = functools.partial(decay, method=method, iou_threshold=iou_threshold, sigma=sigma)
     # Groups of like size together: filling up all to the largest would cost more than suppression.
     floor = min_score if method != "hard" else np.finfo(np.float32).tiny
     by_size: dict[int, list[np.ndarray]] = {}
     for part in parts:
         by_size.setdefault(len(part).bit_length(), []).append(part)
     kept, kept_scores = zip(
-        *(_suppress_rows(segments, scores, rows, decay, floor, max_segments, recordings) for rows in by_size.values()),
+        *(_suppress_rows(segments, scores, rows, weigh, floor, max_segments, recordings) for rows in by_size.values()),
         strict=True,
     )
     kept, kept_scores = np.concatenate(kept), np.concatenate(kept_scores)
@@ -688,7 +692,7 @@ def suppress(
     return _as_given(kept[order], given), _as_given(kept_scores[order], given)
 
 
-def _suppress_rows(segments, scores, rows: list[np.ndarray], decay, floor: float, max_segments: int, recordings):
+def _suppress_rows(segments, scores, rows: list[np.ndarray], weigh, floor: float, max_segments: int, recordings):
     """`suppress` for groups given as indices, side by side in the rows of a matrix, filled up with scores of -1."""
     lengths = np.array([len(row) for row in rows])
     filled = np.arange(lengths.max()) < lengths[:, None]
@@ -703,7 +707,7 @@ def _suppress_rows(segments, scores, rows: list[np.ndarray], decay, floor: float
         likely_turns = min(turns, 2 * max_segments * (int(owners.max()) + 1) // len(rows))
     decays = None
     if index.shape[1] <= 2 * likely_turns and index.shape[0] * index.shape[1] ** 2 <= _MAX_PAIRS:
-        decays = decay(overlap((starts[:, :, None], ends[:, :, None]), (starts[:, None], ends[:, None])))
+        decays = weigh(overlap((starts[:, :, None], ends[:, :, None]), (starts[:, None], ends[:, None])))
     each = np.arange(len(rows))
     taken = ~filled
     picks, pick_scores = np.empty((len(rows), turns), dtype=np.int64), np.empty((len(rows), turns), dtype=np.float32)
@@ -727,7 +731,7 @@ def _suppress_rows(segments, scores, rows: list[np.ndarray], decay, floor: float
             current *= decays[each, best]
         else:
             chosen = (starts[each, best][:, None], ends[each, best][:, None])
-            current *= decay(overlap(chosen, (starts, ends)))
+            current *= weigh(overlap(chosen, (starts, ends)))
         current[each, best] = -1.0
         if floor <= 0:  # decays take -1 to -0, which would pass
             taken[each, best] = True
