@@ -99,7 +99,7 @@ class KeyValueCache:
         stop = self.stop + new.shape[2]
         if self.store is None or stop > self.store.shape[2]:
             seen = stop - start
-            store = new.new_empty(2, new.shape[1], seen + max(64, seen // 8), new.shape[3])
+            store = new.new_empty(2, new.shape[1], seen + max(8, seen // 8), new.shape[3])
             if self.store is not None:
                 store[:, :, : self.stop - start] = self.store[:, :, start : self.stop]
             self.store, start, stop = store, 0, seen
@@ -386,6 +386,7 @@ class IncrementalDetector:
         """Forgets all that was pushed."""
         model, config = self.model, self.model.config
         self.position = 0  # steps pushed so far
+        self.is_whole = True  # no push was interrupted halfway
         self.embedding = StreamedEmbedding(model.model.embedding, config, model.device)
         make_block = BLOCKS[config.backbone_type]
         self.stem = [make_block(block, 1) for block in model.model.stem]
@@ -407,15 +408,21 @@ class IncrementalDetector:
 
         Raises:
             ValueError: features of another shape or width, with values that are not finite, beyond the position table of the
-                model, or a model in training mode. Nothing has changed then.
+                model, or a model in training mode (nothing has changed then); or an earlier push ended halfway.
         """
         if self.model.training:
             raise ValueError("The model was put into training mode; call model.eval() before streaming.")
+        if not self.is_whole:
+            raise ValueError(
+                "An earlier push ended halfway, in an error or an interrupt; call reset() to begin again."
+            )
         width = sum(self.model.config.stream_widths)
         features = check_values(features, width, "features", self.position)
         self.embedding.check(self.position + len(features))
         # (at least one piece, so that a push of nothing has outputs of the right shapes)
+        self.is_whole = False
         pieces = [self._forward(piece[None]) for piece in features.split(_PIECE)]
+        self.is_whole = True
         if len(pieces) == 1:
             return StreamOutput(**pieces[0])
         joined = {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in pieces[0]}
