@@ -536,10 +536,17 @@ def check_values(values, width: int, kind: str, before: int) -> torch.Tensor:
     """
     axis, one = {"features": ("time", "step"), "signal": ("samples", "sample")}[kind]
     expected = f"expected numbers ({axis}, {width}), or ({width},) for one {one}"
-    try:
-        array = values.detach() if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{kind}: no array of numbers ({error}); {expected}.") from error
+    if isinstance(values, torch.Tensor):
+        array = values.detach()
+    else:
+        try:
+            array = np.asarray(values)
+        except ValueError as error:  # steps of different widths
+            raise ValueError(f"{kind}: no array ({error}); {expected}.") from error
+        if array.dtype.kind not in "fiub":
+            raise ValueError(f"{kind} of shape {array.shape} and dtype {array.dtype}; {expected}.")
+        # (a copy, because torch does not take every array that numpy can make)
+        array = torch.from_numpy(array.astype(np.float64 if array.dtype == np.float64 else np.float32))
     if array.ndim == 1 and len(array) == width:
         array = array[None]
     if array.is_complex() or array.ndim != 2 or array.shape[1] != width:

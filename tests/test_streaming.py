@@ -515,6 +515,28 @@ def test_settings_that_a_stream_cannot_follow(model, options, message):
         ConvTransformerStream(model, EXTRACTOR, **options)
 
 
+@pytest.mark.filterwarnings("error")
+def test_every_kind_of_array(model):
+    features = np.random.default_rng(0).normal(size=(9, 6)).astype(np.float32)
+    fixed, backwards = features.copy(), features[::-1].copy()[::-1]
+    fixed.flags.writeable = False
+    expected = IncrementalDetector(model).push(features).logits
+    for kind in (
+        fixed,
+        backwards,
+        features.astype(np.float64),
+        features.tolist(),
+        torch.from_numpy(features.copy()).double(),
+    ):
+        output = IncrementalDetector(model).push(kind).logits
+        assert output.dtype == torch.float32
+        torch.testing.assert_close(output, expected, **CLOSE)
+    whole = (10 * features).astype(np.int16)
+    expected = IncrementalDetector(model).push(whole.astype(np.float32)).logits
+    for kind in (whole, torch.from_numpy(whole)):
+        assert torch.equal(IncrementalDetector(model).push(kind).logits, expected)
+
+
 def test_bad_pushes_change_nothing(model):
     """The next good one goes on as if they had not been."""
     features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -534,8 +556,9 @@ def test_bad_pushes_change_nothing(model):
         (features[None], r"make one stream for each"),
         (features[0, :4], r"shape \(4,\)"),
         (features.to(torch.complex64), "complex64"),
-        ([[1.0] * 6, [1.0] * 5], "no array of numbers"),
-        (np.array([["a"] * 6]), "no array of numbers"),
+        ([[1.0] * 6, [1.0] * 5], "features: no array"),
+        (np.array([["a"] * 6]), r"shape \(1, 6\) and dtype <U1; expected numbers"),
+        (np.ones((2, 6), dtype=complex), "complex128; expected numbers"),
     ]:
         with pytest.raises(ValueError, match=message):
             stream.push(bad)
