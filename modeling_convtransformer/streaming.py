@@ -49,7 +49,7 @@ from .modeling_convtransformer import (
 )
 
 # Steps that are computed together: a longer push is cut, so that the mask between new queries and keys stays small.
-_PIECE = 512
+_PIECE = 128
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +265,8 @@ class StreamedTransformerBlock:
             mask &= offsets >= -self.half
         if bias is None:
             return mask.repeat(groups, 1)
-        scores = bias[:, (offsets + self.half).clamp(0, 2 * self.half)].to(query.dtype)
+        reach = bias.shape[-1] // 2  # where attention is global, what lies beyond has the bias of the outermost
+        scores = bias[:, (offsets + reach).clamp(0, 2 * reach)].to(query.dtype)
         return torch.where(mask, scores, -math.inf).unflatten(0, (-1, groups)).flatten(1, 2)[None]
 
 
@@ -518,8 +519,9 @@ def check_model(model):
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if model.model.rotary_emb is not None and rope_type in ("dynamic", "longrope"):
         raise ValueError(
-            f"rope_parameters has rope_type {rope_type!r}, whose frequencies change with the length of a recording: the keys that "
-            "a stream has kept would be turned by old ones. 'default', 'linear', 'yarn' and 'llama3' can be streamed."
+            f"rope_parameters has rope_type {rope_type!r}, whose frequencies go by the length of the whole recording, which is not "
+            "known before its end: the keys that a stream has kept would be turned by others. 'default', 'linear', 'yarn' and "
+            "'llama3' can be streamed."
         )
 
 

@@ -24,11 +24,12 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 SEGMENTS = {"rtol": 1e-6, "atol": 1e-5}
 
+# Frequencies that go by the length of the whole recording, which a stream does not know.
+BY_LENGTH = ("rope_dynamic", "rope_longrope")
 CAUSAL = {
-    **{name: {**fields, "is_causal": True} for name, fields in VARIANTS.items()},
+    **{name: {**fields, "is_causal": True} for name, fields in VARIANTS.items() if name not in BY_LENGTH},
     "streams_gqa_fpn": {"n_in": [2, 4], "n_kv_head": 2, "fpn_type": "fpn", "is_causal": True},
     "gqa_rel_pe": {"n_kv_head": 2, "use_rel_pe": True, "mha_win_size": [5, 3, -1, 31], "is_causal": True},
-    "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}, "is_causal": True},
     "no_stem_conv": {"backbone_type": "conv", "arch": (1, 0, 3), "scale_factor": 4, "is_causal": True},
     "fpn_no_branch": {"fpn_type": "fpn", "arch": (1, 1, 0), "is_causal": True},
 }
@@ -83,7 +84,9 @@ def test_equals_the_forward_over_everything(variant):
 def test_equals_the_forward_whatever_the_chunking(variant, sizes, seed, kv_heads, window):
     fields = dict(CAUSAL[variant], n_kv_head=kv_heads)
     if window is not None:
-        fields.update(mha_win_size=window, use_rel_pe=fields.get("use_rel_pe", False) and window > 1)
+        fields.update(mha_win_size=window)
+        if window < 1 and fields.get("rel_pe_max_distance") == 0:
+            fields.update(use_rel_pe=False)
     sizes = sizes if sum(sizes) <= 32 or not (fields.get("use_abs_pe") or fields.get("use_learned_pe")) else [1] * 32
     model = make_detector(seed=seed, **fields)
     features = torch.randn(1, sum(sizes), width_of(model.config), generator=torch.Generator().manual_seed(seed))
@@ -477,9 +480,9 @@ def test_models_that_cannot_be_streamed(model):
         IncrementalDetector(make_detector(is_causal=True).train())
     with pytest.raises(ValueError, match="is a ConvTransformerModel; expected a ConvTransformerForTemporalAction"):
         IncrementalDetector(ConvTransformerModel(make_config(is_causal=True)).eval())
-    dynamic = make_detector(is_causal=True, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
-    with pytest.raises(ValueError, match=r"rope_type 'dynamic'.*turned by old ones"):
-        IncrementalDetector(dynamic)
+    for variant in BY_LENGTH:
+        with pytest.raises(ValueError, match=r"rope_type '.*go by the length of the whole recording"):
+            IncrementalDetector(make_detector(is_causal=True, **VARIANTS[variant]))
     partly = make_detector(is_causal=True)
     partly.untrained_weights = frozenset({"class_head.output.weight"})
     with pytest.raises(ValueError, match=r"lacked 1 tensors of this model, such as 'class_head.output.weight'"):
