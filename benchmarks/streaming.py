@@ -1,7 +1,7 @@
 """Latency of a push into a stream, and the memory that it holds: python benchmarks/streaming.py --threads 1
 
 A causal detector (--variant, "balanced" by default) has had so many steps; then 1, 8 and 32 steps more are pushed again and
-again, into the streams of all settings in turn. One step makes a point on every second, fourth, ... level only, so that
+again, into the streams of all rows in turn. One step makes a point on every second, fourth, ... level only, so that
 pushes differ: the median is over four periods of the coarsest level, the 95th percentile is nearly the most that a push takes.
 Beside it what there is without a stream, in turn too: one forward over everything so far, or, where attention has windows,
 over as much as the new points look back to. The error is the largest difference of the logits between both, of the newest
@@ -42,60 +42,63 @@ COLUMNS = [
 ]
 
 
-def time_pushes(streams: dict[str, IncrementalDetector], size: int, count: int, device: str) -> dict[str, list[float]]:
+def time_pushes(streams: list[IncrementalDetector], size: int, count: int, device: str) -> list[list[float]]:
     """Milliseconds of `count` pushes of `size` steps into each stream, in turn; features are on the device before."""
-    times = {name: [] for name in streams}
-    for _ in range(count):
-        for name, stream in streams.items():
+    times = [[] for _ in streams]
+    for _ in tqdm(range(count), desc=f"pushes of {size}", leave=False, disable=None):
+        for stream, own in zip(streams, times, strict=True):
             features = torch.randn(size, sum(stream.model.config.stream_widths), device=device)
             harness.synchronise(device)
             start = time.perf_counter()
             stream.push(features)
             harness.synchronise(device)
-            times[name].append(1e3 * (time.perf_counter() - start))
+            own.append(1e3 * (time.perf_counter() - start))
     return times
 
 
-def rerun(model, features: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(features[None]).logits
+def fill(model, position: int, device: str) -> tuple[IncrementalDetector, torch.Tensor, torch.Tensor, dict]:
+    """
+    A stream that has had `position` steps; the logits of its newest point; of the steps, those that a forward needs for
+    that point; and what its row says so far.
+    """
+    config, stream = model.config, IncrementalDetector(model)
+    features = torch.randn(position, sum(config.stream_widths), generator=torch.Generator().manual_seed(position))
+    for piece in tqdm(features.to(device).split(32), desc=f"{position} steps", leave=False, disable=None):
+        last = stream.push(piece)
+    # Points of the part are points of the whole if it begins at a multiple of the coarsest stride.
+    reach, coarsest = config.receptive_field[0], config.detector_strides[-1]
+    first = 0 if math.isinf(reach) else max(0, position - math.ceil(reach) - 1) // coarsest * coarsest
+    window = config.window_sizes[0]
+    row = {
+        "window": window if window > 1 else "global",
+        "kv_heads": config.n_kv_head or config.n_head,
+        "position": position,
+        "rerun_steps": position - first,
+        **{f"{name}_mb": size / 2**20 for name, size in stream.cache_bytes.items()},
+    }
+    return stream, last.logits[0, last.point_levels[0] == 0][-1], features[first:].to(device), row
 
 
-def measure(streams: dict[str, IncrementalDetector], position: int, args: argparse.Namespace) -> dict[str, dict]:
-    """For each stream what its row says after `position` steps."""
-    rows, parts = {}, {}
-    coarsest = max(stream.model.config.detector_strides[-1] for stream in streams.values())
-    for name, stream in streams.items():
-        config = stream.model.config
-        generator = torch.Generator().manual_seed(position)
-        features = torch.randn(position, sum(config.stream_widths), generator=generator).to(args.device)
-        stream.reset()
-        for piece in tqdm(features.split(32), desc=f"{name}, {position} steps", leave=False, disable=None):
-            last = stream.push(piece)
-        held = {f"{key}_mb": size / 2**20 for key, size in stream.cache_bytes.items()}
-        rows[name] = {"position": position, **held, "last": last.logits[0, last.point_levels[0] == 0][-1]}
-        # Points of the part are points of the whole if it begins at a multiple of the coarsest stride.
-        reach = config.receptive_field[0]
-        first = 0 if math.isinf(reach) else max(0, position - math.ceil(reach) - 1) // coarsest * coarsest
-        parts[name] = features[first:]
-
+def measure(models: list, args: argparse.Namespace) -> list[dict]:
+    """A row for each model and position."""
+    filled = [fill(model, position, args.device) for model in models for position in args.positions]
+    streams, newest, parts, rows = (list(one) for one in zip(*filled, strict=True))
     for size in SIZES:
         # Over 4 periods, and 16 pushes at least; the first ones, which warm up, do not count.
-        count = max(16, 4 * coarsest // size)
-        for name, times in time_pushes(streams, size, count + 4, args.device).items():
-            rows[name][f"{size}_ms"] = statistics.median(times[4:])
-            rows[name][f"{size}_p95"] = statistics.quantiles(times[4:], n=20, method="inclusive")[-1]
+        count = max(16, 4 * max(model.config.detector_strides[-1] for model in models) // size)
+        for row, times in zip(rows, time_pushes(streams, size, count + 4, args.device), strict=True):
+            row[f"{size}_ms"] = statistics.median(times[4:])
+            row[f"{size}_p95"] = statistics.quantiles(times[4:], n=20, method="inclusive")[-1]
 
-    outputs = {}
+    def rerun(index: int):
+        with torch.no_grad():
+            rows[index]["error"] = (
+                (streams[index].model(parts[index][None]).logits[0, len(parts[index]) - 1] - newest[index]).abs().max()
+            ).item()
 
-    def run_again(name):
-        outputs[name] = rerun(streams[name].model, parts[name])
-
-    functions = {name: functools.partial(run_again, name) for name in streams}
-    for name, timing in harness.time_alternating(functions, args.repeats, 0, args.device).items():
-        row = rows[name]
-        row.update(rerun_steps=len(parts[name]), rerun_ms=timing.median_ms, ratio=timing.median_ms / row["1_ms"])
-        row["error"] = (outputs[name][0, len(parts[name]) - 1] - row.pop("last")).abs().max().item()
+    functions = {index: functools.partial(rerun, index) for index in range(len(rows))}
+    for index, timing in harness.time_alternating(functions, args.repeats, 0, args.device).items():
+        rows[index].update(rerun_ms=timing.median_ms, ratio=timing.median_ms / rows[index]["1_ms"])
     return rows
 
 
@@ -104,20 +107,16 @@ def run(args: argparse.Namespace):
         raise BenchmarkError(f"--positions has {min(args.positions)}; expected 1 step or more.")
     machine = harness.describe_machine(args.device)
     print(harness.machine_line(machine), flush=True)
-    streams, about = {}, {}
-    for window, heads in [(0, heads) for heads in (None, *args.kv_heads)] + [
+    models = []
+    for window, heads in [(-1, heads) for heads in (None, *args.kv_heads)] + [
         (window, None) for window in args.windows
     ]:
-        fields = {"is_causal": True, "n_kv_head": heads, "mha_win_size": window or -1, "n_in": args.n_in}
-        config = cases.find_config(args.variant, fields)
+        fields = {"is_causal": True, "n_kv_head": heads, "mha_win_size": window, "n_in": args.n_in}
         torch.manual_seed(0)
-        model = ConvTransformerForTemporalActionLocalization(config)
+        model = ConvTransformerForTemporalActionLocalization(cases.find_config(args.variant, fields))
         cases.stir(model)
-        name = f"window {window}" if window else f"global, {heads or config.n_head} key heads"
-        about[name] = {"window": window or "global", "kv_heads": heads or config.n_head}
-        streams[name] = IncrementalDetector(model.eval().to(args.device, getattr(torch, args.dtype)))
-    measured = [measure(streams, position, args) for position in args.positions]
-    rows = [{**about[name], **one[name]} for name in streams for one in measured]
+        models.append(model.eval().to(args.device, getattr(torch, args.dtype)))
+    rows = measure(models, args)
     print(f"Pushes of 1, 8 and 32 steps into a stream of {args.variant}, {args.dtype}\n")
     harness.print_table(rows, COLUMNS)
     harness.write_json(args.json, machine, args, rows)
