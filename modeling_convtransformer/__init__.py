@@ -31,6 +31,7 @@ if is_torch_available():  # an exported model needs the feature extractor alone
     from . import modeling_convtransformer
     from .modeling_convtransformer import *  # noqa: F403
     from .pipeline_convtransformer import MomentRetrievalPipeline, TemporalActionLocalizationPipeline
+    from .streaming import ConvTransformerStream
 
     for auto_class, model_class in (
         (AutoModel, modeling_convtransformer.ConvTransformerModel),
@@ -48,4 +49,5 @@ if is_torch_available():  # an exported model needs the feature extractor alone
     PIPELINE_REGISTRY.register_pipeline(
         "moment-retrieval", pipeline_class=MomentRetrievalPipeline, pt_model=AutoModelForZeroShotObjectDetection
     )
-    __all__ += [*modeling_convtransformer.__all__, "MomentRetrievalPipeline", "TemporalActionLocalizationPipeline"]
+    __all__ += [*modeling_convtransformer.__all__, "ConvTransformerStream"]
+    __all__ += ["MomentRetrievalPipeline", "TemporalActionLocalizationPipeline"]
