@@ -1444,6 +1444,20 @@ class ConvTransformerDecoder(nn.Module):
         return self.class_head(x, padding), self.segment_head(x, padding, level)
 
 
+def text_model_class(text_config) -> type:
+    """The automatic class of a text encoder; of encoder-decoder models (T5), of their encoder."""
+    return AutoModelForTextEncoding if type(text_config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+
+
+def make_text_encoder(text_config) -> PreTrainedModel:
+    """A new text model, with the attention backend of its config if it has that one."""
+    try:
+        return text_model_class(text_config).from_config(text_config)
+    except ValueError:  # a backend that was asked of both models, and that this one lacks
+        text_config._attn_implementation = "eager"
+        return text_model_class(text_config).from_config(text_config)
+
+
 class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedModel):
     """
     Moments in a recording that a text describes: for every query and every point of the pyramid a score and a segment.
@@ -1477,11 +1491,7 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
         self.decoder = ConvTransformerDecoder(config)
         self.text_encoder = None
         if config.text_config is not None:
-            # Of encoder-decoder models (T5), this is the encoder.
-            has_encoder = type(config.text_config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-            self.text_encoder = (AutoModelForTextEncoding if has_encoder else AutoModel).from_config(
-                config.text_config
-            )
+            self.text_encoder = make_text_encoder(config.text_config)
         self.match = None
         if config.projection_dim is not None:
             self.segment_projection = nn.Linear(config.neck_width, config.projection_dim)
@@ -1515,9 +1525,9 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
             config: of the model; its `text_config` is replaced.
             kwargs: for `AutoModelForTextEncoding.from_pretrained` (or `AutoModel`'s), such as `revision`.
         """
-        text_config = AutoConfig.from_pretrained(text_model, **kwargs)
-        has_encoder = type(text_config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-        encoder = (AutoModelForTextEncoding if has_encoder else AutoModel).from_pretrained(text_model, **kwargs)
+        encoder = text_model_class(AutoConfig.from_pretrained(text_model, **kwargs)).from_pretrained(
+            text_model, **kwargs
+        )
         fields = {**config.to_dict(), "text_config": encoder.config.to_dict(), "text_dim": None}
         model = cls(type(config).from_dict(fields, attn_implementation=config._attn_implementation))
         model.text_encoder.load_state_dict(encoder.state_dict())
