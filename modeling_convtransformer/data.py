@@ -51,6 +51,8 @@ __all__ = [
     "WATCH_LABELS",
     "CroppedDataset",
     "DataCollator",
+    "MomentCollator",
+    "MomentDataset",
     "SensorAugmentation",
     "SensorDataset",
     "TemporalActionDataset",
@@ -884,6 +886,155 @@ def _iterate(dataset: Dataset, call: str) -> Iterator[dict[str, Any]]:
         yield dataset[index]
 
 
+# --- Moments: segments that are described in words -------------------------------------------------------------------
+
+
+class MomentDataset(_DrawsAnew, Dataset):
+    """The items of another dataset, asked for in words: what `ConvTransformerForMomentRetrieval` learns.
+
+    An item is {"video_id", "features" (T, channels), "queries": list of str, "segments": for each query its (N, 2) float32
+    on the feature grid, "query_labels": for each query the class id it stands for, "geometry"}. A class that a recording
+    lacks is a query without an answer, N = 0; models learn from those to say no.
+
+    Args:
+        dataset: items as those of `TemporalActionDataset`, and `id2label`.
+        phrasings: {class name: sentences that describe it}; None: each name is its own sentence.
+        training: each class with one of its sentences, drawn at random at each access; else all sentences of each class.
+        absent: classes that the recording lacks to draw at random as queries; None: all of them. With training=False also
+            drawn, but the same at each access.
+        seed: draw by (seed, epoch, index, number of accesses).
+
+    Raises:
+        ValueError: sentences for a class that the dataset lacks, a class without one, one that is no text, or one sentence
+            for two classes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        phrasings: Mapping[str, Sequence[str]] | None = None,
+        training: bool = False,
+        absent: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.dataset, self.training, self.absent, self.seed = dataset, training, absent, seed
+        names = [name for _, name in sorted(dataset.id2label.items())]
+        self.phrasings = {name: [name] for name in names} if phrasings is None else phrasings
+        if missing := sorted({*names} ^ {*self.phrasings}):
+            raise ValueError(
+                f"phrasings and the classes of the dataset must be the same, but only one of them has {missing}."
+            )
+        meaning: dict[str, str] = {}
+        for name, sentences in self.phrasings.items():
+            if isinstance(sentences, str) or not sentences:
+                raise ValueError(
+                    f"phrasings of {name!r} are {sentences!r}; expected a list with at least one sentence."
+                )
+            for sentence in sentences:
+                if not isinstance(sentence, str) or not sentence.strip():
+                    raise ValueError(f"phrasings of {name!r} hold {sentence!r}; expected text.")
+                if meaning.setdefault(sentence, name) != name:
+                    raise ValueError(
+                        f"{sentence!r} stands for {meaning[sentence]!r} and {name!r}; expected one of them."
+                    )
+        super().__init__(len(dataset))
+
+    @property
+    def sentences(self) -> list[str]:
+        """All of them, each once: to embed before training."""
+        return [*dict.fromkeys(sentence for sentences in self.phrasings.values() for sentence in sentences)]
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        item = self.dataset[index]
+        segments = np.asarray(item["segments"], dtype=np.float32).reshape(-1, 2)
+        class_labels = np.asarray(item["class_labels"], dtype=np.int64)
+        rng = random.Random(str((self.seed, index, *(self._next_draw(index) if self.training else (0, 0)))))
+        self._accesses[index] += 1
+        absent = [label for label in sorted(self.dataset.id2label) if label not in class_labels]
+        if self.absent is not None:
+            absent = rng.sample(absent, min(self.absent, len(absent)))
+        asked = []
+        for label in sorted({*class_labels.tolist(), *absent}):
+            sentences = self.phrasings[self.dataset.id2label[label]]
+            asked += [(sentence, label) for sentence in ([rng.choice(sentences)] if self.training else sentences)]
+        return {
+            "video_id": item["video_id"],
+            "features": item["features"],
+            "queries": [sentence for sentence, _ in asked],
+            "segments": [segments[class_labels == label] for _, label in asked],
+            "query_labels": [label for _, label in asked],
+            "geometry": item["geometry"],
+        }
+
+
+@dataclass
+class MomentCollator:
+    """Items of a `MomentDataset` to what `ConvTransformerForMomentRetrieval` takes: "input_features", "attention_mask",
+    "query_attention_mask" and "query_input_ids" or "query_embeds" (see `ConvTransformerProcessor`), and "labels", for each
+    item and each of its queries {"segments" (N, 2) on the grid}.
+
+    With transformers' Trainer, say `TrainingArguments(remove_unused_columns=False, eval_do_concat_batches=False)`.
+
+    Args:
+        processor: a `ConvTransformerProcessor`.
+        text_embeds: {sentence: (words, text width)} from `retrieval.embed_sentences`: a frozen text encoder need not read
+            the same sentences again at each step. None: the model's text encoder reads them.
+        return_metadata: also "video_ids", "geometry", "queries" and "query_labels", lists with one entry per item. The model
+            itself does not take them.
+    """
+
+    processor: Any
+    text_embeds: Mapping[str, torch.Tensor] | None = None
+    return_metadata: bool = False
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if any("queries" not in item for item in items):
+            raise ValueError(
+                f"The collator got items with the keys {sorted(items[0])}; expected those of MomentDataset. Trainer takes away "
+                "what forward does not name, unless TrainingArguments(remove_unused_columns=False)."
+            )
+        features, names = [item["features"] for item in items], [item["video_id"] for item in items]
+        queries = [item["queries"] for item in items]
+        if self.text_embeds is None:
+            batch = dict(self.processor(features, queries, names=names, return_tensors="pt"))
+        else:
+            batch = dict(self.processor.feature_extractor(features, names=names, return_tensors="pt"))
+            batch |= self._look_up(queries, names)
+        batch["labels"] = [
+            [{"segments": torch.tensor(np.asarray(segments), dtype=torch.float32)} for segments in item["segments"]]
+            for item in items
+        ]
+        if self.return_metadata:
+            batch |= {"video_ids": names, "geometry": [item["geometry"] for item in items]}
+            batch |= {"queries": queries, "query_labels": [item["query_labels"] for item in items]}
+        return batch
+
+    def _look_up(self, queries: list[list[str]], names: list[str]) -> dict[str, torch.Tensor]:
+        for own, name in zip(queries, names, strict=True):
+            if unknown := [query for query in own if query not in self.text_embeds]:
+                raise ValueError(
+                    f"{name}: text_embeds lacks {unknown[0]!r}; embed all of MomentDataset.sentences, or give no text_embeds."
+                )
+        words = [[self.text_embeds[query] for query in own] for own in queries]
+        longest = max(len(one) for own in words for one in own)
+        shape = (len(words), max(map(len, words)), longest)
+        embeds = words[0][0].new_zeros(*shape, words[0][0].shape[1])
+        mask = torch.zeros(shape, dtype=torch.long)
+        for row, own in enumerate(words):
+            for column, one in enumerate(own):
+                embeds[row, column, : len(one)], mask[row, column, : len(one)] = one, 1
+        return {"query_embeds": embeds, "query_attention_mask": mask}
+
+
 # --- Choosing a pyramid ---------------------------------------------------------------------------------------------
 
 # A level should regress distances of no more than this many of its strides (the default ranges double from 4 on).
@@ -1470,6 +1621,7 @@ class WatchDataset(_DrawsAnew, Dataset):
         people: 1 to 10. Train and evaluate on different ones.
         sessions_per_side: sessions of each arm, each in its own order and with its own pauses.
         bout, pause: see `splice_watch_session`, in seconds.
+        exercises: fewest and most of an arm's seven recordings in a session, drawn at random; None: all of them.
         window, stride: samples, at 50 Hz.
         seed: a whole number >= 0. The same seed gives the same data; a session does not depend on which other people
             are in the dataset.
@@ -1482,7 +1634,7 @@ class WatchDataset(_DrawsAnew, Dataset):
 
     Raises:
         ImportError: seglearn is not installed.
-        ValueError: people who are not in the data, or no session.
+        ValueError: people who are not in the data, no session, or an impossible number of exercises.
     """
 
     def __init__(
@@ -1495,8 +1647,16 @@ class WatchDataset(_DrawsAnew, Dataset):
         stride: int = 25,
         seed: int = 0,
         training: bool = False,
+        exercises: tuple[int, int] | None = None,
     ) -> None:
-        self.bout, self.pause, self.window, self.stride = bout, pause, window, stride
+        if exercises is not None and not (
+            len(exercises) == 2 and 1 <= exercises[0] <= exercises[1] <= len(WATCH_LABELS)
+        ):
+            raise ValueError(
+                f"exercises must be the fewest and the most of a session, from 1 to {len(WATCH_LABELS)}, but is "
+                f"{exercises!r}."
+            )
+        self.bout, self.pause, self.exercises, self.window, self.stride = bout, pause, exercises, window, stride
         self.seed, self.training = seed, training
         self._recordings = defaultdict(list)
         for recording in load_watch_recordings():
@@ -1545,7 +1705,11 @@ class WatchDataset(_DrawsAnew, Dataset):
         person, side, session = self._sessions[index]
         draw = self._next_draw(index) if self.training else (0, 0)
         rng = np.random.default_rng([self.seed, person, _WATCH_SIDES.index(side), session, *draw])
-        return splice_watch_session(self._recordings[person, side], rng, self.pause, self.bout)
+        recordings = self._recordings[person, side]
+        if self.exercises is not None:
+            count = rng.integers(*self.exercises, endpoint=True)
+            recordings = [recordings[place] for place in rng.permutation(len(recordings))[:count]]
+        return splice_watch_session(recordings, rng, self.pause, self.bout)
 
     def signal(self, index: int) -> np.ndarray:
         """(n, 6) float32, the raw session at 50 Hz of which item `index` is made (when training: the next such item)."""

@@ -20,7 +20,7 @@ import importlib.util
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-__all__ = ["SegmentIndex"]
+__all__ = ["SegmentIndex", "embed_recordings", "embed_sentences", "search_moments"]
 
 # An int8 embedding is round(127 * x) of a unit vector x, for all vectors alike, so that adding more never changes the ones
 # that are there. Rounding moves a cosine by 1 / (127 * sqrt(12)) = 0.0023 (standard deviation), however wide the vectors.
@@ -403,3 +403,145 @@ def _unit_vectors(embeds: torch.Tensor | np.ndarray, dim: int, name: str) -> np.
     if (lengths == 0).any():
         raise ValueError(f"{name}: vector {int(np.argmin(lengths))} has length 0, so it points nowhere.")
     return embeds / lengths
+
+
+# --- With a model -----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def embed_sentences(model, processor, sentences: Sequence[str], batch_size: int = 32) -> dict[str, torch.Tensor]:
+    """
+    What the model's text encoder makes of each sentence, {sentence: (words, text width)}: for `data.MomentCollator`, because
+    a frozen encoder says the same at each step of training.
+
+    Raises:
+        ValueError: no sentence, an empty one, or one longer than the text encoder takes.
+    """
+    model.eval()
+    sentences, embeds = [*dict.fromkeys(sentences)], {}
+    tokens = processor.tokenize(sentences)
+    for first in range(0, len(sentences), batch_size):
+        some = {key: value[:, first : first + batch_size].to(model.device) for key, value in tokens.items()}
+        words, _ = model.encode_queries(**some)
+        counts = some["query_attention_mask"][0].sum(-1).tolist()
+        for sentence, one, count in zip(sentences[first:], words[0].cpu(), counts, strict=False):
+            embeds[sentence] = one[:count].clone()
+    return embeds
+
+
+def embed_recordings(
+    model,
+    processor,
+    recordings: Mapping[str, Any],
+    levels: Sequence[int] | None = None,
+    show_progress: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """
+    The embeddings of each recording, as `SegmentIndex.add` takes them: {"recording", "embeds" (N, projection_dim), "segments"
+    (N, 2) seconds}, one recording at a time. To go on after an interruption, leave out what the index has.
+
+    Args:
+        model: a `ConvTransformerForMomentRetrieval` with a `projection_dim`.
+        processor: its `ConvTransformerProcessor`.
+        recordings: {id: array, path or dict}, as the feature extractor takes them.
+        levels: of the pyramid, 0 the finest; None: those whose points stand for segments that the model was trained to find,
+            which is all. Coarser levels alone are fewer vectors, for recordings without short segments.
+
+    Raises:
+        ValueError: the model has no contrastive head or fewer levels, or a recording cannot be used; the message names it.
+    """
+    count = len(model.config.detector_strides)
+    levels = [*range(count)] if levels is None else [*levels]
+    if not levels or not {*levels} <= {*range(count)}:
+        raise ValueError(f"levels are {levels}; expected some of {[*range(count)]}, 0 the finest.")
+    extractor, strides = processor.feature_extractor, torch.tensor(model.config.detector_strides)
+    model.eval()
+    for recording, sample in _progress(recordings.items(), "embed recordings", show_progress):
+        features, geometry = extractor.load(sample, name=recording)
+        with torch.inference_mode():
+            outputs = model.get_segment_features(torch.from_numpy(features)[None].to(model.device))
+        level = outputs.point_levels[0].cpu()
+        stride = strides[level]
+        place = torch.cat([torch.arange(int((level == one).sum())) for one in range(count)]) * stride
+        # A point stands for the stretch that is nearer to it than to its neighbours.
+        stretch = torch.stack((place - stride / 2, place + stride / 2), dim=-1)
+        seconds = extractor.to_seconds([stretch], geometry)[0].clamp(min=0, max=geometry.get("duration"))
+        chosen = torch.isin(level, torch.tensor(levels))
+        yield {
+            "recording": recording,
+            "embeds": outputs.embeds[0][chosen.to(outputs.embeds.device)],
+            "segments": seconds[chosen],
+        }
+
+
+def search_moments(
+    queries: str | Sequence[str],
+    index: SegmentIndex,
+    model,
+    processor,
+    recordings: Mapping[str, Any] | Callable[[str], Any],
+    top_recordings: int = 5,
+    top_moments: int = 5,
+    threshold: float | None = None,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """
+    The moments in many recordings that sentences describe.
+
+    Args:
+        queries: one sentence or several.
+        index: of embeddings from this model.
+        model, processor: a `ConvTransformerForMomentRetrieval` with a text encoder, and its `ConvTransformerProcessor`.
+        recordings: {id: array, path or dict}, as the feature extractor takes them, or a function from id to such a sample. Only
+            those that the index ranks first are read.
+        top_recordings: to look into, for each query.
+        top_moments: to return of each recording, for each query.
+        threshold: only moments with a score above this.
+        settings: of post-processing, such as `nms_sigma`.
+
+    Returns:
+        [{"query", "recording", "start", "end" (seconds), "score" (0 to 1: that the moment is what the query says),
+        "recording_score" (cosine), **metadata of the recording}], ready for JSON: query by query, best score first.
+
+    Raises:
+        KeyError: recordings lack one that is in the index.
+        ValueError: no query, an empty or too long one; an index of another width; a recording that cannot be used.
+    """
+    queries = [queries] if isinstance(queries, str) else list(queries)
+    tokens = {key: value.to(model.device) for key, value in processor.tokenize(queries).items()}
+    model.eval()
+    with torch.inference_mode():
+        words, _ = model.encode_queries(**tokens)
+        text = {"query_embeds": words, "query_attention_mask": tokens["query_attention_mask"]}
+        hits = index.search(model.get_text_features(**text)[0], top_recordings)
+
+    asked: dict[str, list[int]] = {}  # each recording is encoded once, for all queries that lead to it
+    for number, found in enumerate(hits):
+        for hit in found:
+            asked.setdefault(hit["recording"], []).append(number)
+    moments: list[list[dict]] = [[] for _ in queries]
+    for recording, numbers in asked.items():
+        if not callable(recordings) and recording not in recordings:
+            raise KeyError(f"The index has the recording {recording!r}, but recordings do not; give what was indexed.")
+        sample = recordings(recording) if callable(recordings) else recordings[recording]
+        features, geometry = processor.feature_extractor.load(sample, name=recording)
+        with torch.inference_mode():
+            own = {key: value[:, numbers] for key, value in text.items()}
+            outputs = model(torch.from_numpy(features)[None].to(model.device), **own)
+        found = processor.post_process_moment_retrieval(outputs, geometry, threshold, top_moments, **settings)[0]
+        for number, one in zip(numbers, found, strict=True):
+            hit = next(hit for hit in hits[number] if hit["recording"] == recording)
+            for (start, end), score in zip(one["segments"].tolist(), one["scores"].tolist(), strict=True):
+                moment = {"query": queries[number], "recording": recording, "start": start, "end": end, "score": score}
+                moments[number].append(moment | {key: value for key, value in hit.items() if key != "segment"})
+    return [moment for found in moments for moment in sorted(found, key=lambda one: -one["score"])]
+
+
+def _progress(items, description: str, show: bool):
+    if not show:
+        return items
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=description)

@@ -51,7 +51,9 @@ def assert_same(found, expected):
         assert [hit["recording"] for hit in one] == [name for name, _, _ in other]
         assert [hit["segment"] for hit in one] == [segment for _, _, segment in other]
         # float32 sums of DIM products of numbers below 1
-        np.testing.assert_allclose([hit["recording_score"] for hit in one], [score for _, score, _ in other], atol=1e-6)
+        np.testing.assert_allclose(
+            [hit["recording_score"] for hit in one], [score for _, score, _ in other], atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -226,7 +228,8 @@ def test_an_empty_index_finds_nothing(tmp_path, backend):
     assert index.search(np.ones((2, DIM))) == [[], []]
     index.save(tmp_path)
     again = SegmentIndex.load(tmp_path, backend)
-    assert len(again) == 0 and "missing" not in again
+    assert len(again) == 0
+    assert "missing" not in again
     assert again.search(np.empty((0, DIM))) == []
 
 
@@ -269,7 +272,8 @@ def test_bad_input_is_named(backend):
         index.search(np.ones((1, DIM - 1)))
     with pytest.raises(ValueError, match="top_recordings is 0"):
         index.search(np.ones((1, DIM)), 0)
-    assert index.recordings == ["a"] and index.num_segments == 3
+    assert index.recordings == ["a"]
+    assert index.num_segments == 3
     assert_same(index.search(embeds), search_by_hand({"a": (embeds, segments)}, embeds, 5))
     for arguments, message in (
         ((0,), "dim is 0"),
