@@ -900,8 +900,8 @@ class MomentDataset(_DrawsAnew, Dataset):
         dataset: items as those of `TemporalActionDataset`, and `id2label`.
         phrasings: {class name: sentences that describe it}; None: each name is its own sentence.
         training: each class with one of its sentences, drawn at random at each access; else all sentences of each class.
-        absent: classes that the recording lacks to draw at random as queries; None: all of them. With training=False also
-            drawn, but the same at each access.
+        absent: classes that the recording lacks to draw at random as queries; None: all of them. A recording without any
+            segment is asked for one at least. With training=False the same are drawn at each access.
         seed: draw by (seed, epoch, index, number of accesses).
 
     Raises:
@@ -961,7 +961,8 @@ class MomentDataset(_DrawsAnew, Dataset):
         self._accesses[index] += 1
         absent = [label for label in sorted(self.dataset.id2label) if label not in class_labels]
         if self.absent is not None:
-            absent = rng.sample(absent, min(self.absent, len(absent)))
+            count = max(self.absent, 0 if len(class_labels) else 1)
+            absent = rng.sample(absent, min(count, len(absent)))
         asked = []
         for label in sorted({*class_labels.tolist(), *absent}):
             sentences = self.phrasings[self.dataset.id2label[label]]

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import re
 import sys
 import zipfile
 from itertools import pairwise
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -25,6 +27,8 @@ from modeling_convtransformer.data import (
     WATCH_LABELS,
     CroppedDataset,
     DataCollator,
+    MomentCollator,
+    MomentDataset,
     SensorAugmentation,
     SensorDataset,
     TemporalActionDataset,
@@ -951,6 +955,174 @@ def test_watch_batches_train_the_model(recordings):
     loss = ConvTransformerForTemporalActionLocalization(config)(**batch).loss
     assert torch.isfinite(loss)
     assert len(batch["labels"][0]["segments"]) == 7
+
+
+def test_watch_sessions_of_few_exercises(recordings):
+    whole, few = WatchDataset([1], sessions_per_side=4), WatchDataset([1], sessions_per_side=4, exercises=(2, 3))
+    counts = [len(item["class_labels"]) for item in few]
+    assert {*counts} == {2, 3}
+    assert all(len({*item["class_labels"].tolist()}) == len(item["class_labels"]) for item in few)
+    assert len({label for item in few for label in item["class_labels"].tolist()}) > 4  # not the same ones each time
+    assert {len(item["class_labels"]) for item in whole} == {7}
+    for exercises in ((0, 3), (3, 2), (1, 8), (2,)):
+        with pytest.raises(ValueError, match="exercises must be the fewest and the most"):
+            WatchDataset([1], exercises=exercises)
+
+
+# --- Moments --------------------------------------------------------------------------------------------------------
+
+
+class Labelled:
+    """Three recordings of two steps' features, with segments of the classes a, b and c."""
+
+    id2label = {0: "a", 1: "b", 2: "c"}
+    found = ([(0, 1, 2), (0, 5, 9), (2, 3, 4)], [(1, 0, 3)], [])
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        found = self.found[range(3)[index]]
+        return {
+            "video_id": f"v{index}",
+            "features": np.full((12, 2), index, np.float32),
+            "segments": np.array([one[1:] for one in found], np.float32).reshape(-1, 2),
+            "class_labels": np.array([one[0] for one in found], np.int64),
+            "geometry": {"fps": 10.0, "feature_stride": 5, "num_frames": 5, "duration": 6.0},
+        }
+
+
+PHRASINGS = {"a": ["one a", "another a"], "b": ["some b"], "c": ["c", "the third"]}
+
+
+def test_every_sentence_is_asked_of_every_recording():
+    items = [*map(MomentDataset(Labelled(), PHRASINGS).__getitem__, range(3))]
+    for item in items:
+        assert item["queries"] == ["one a", "another a", "some b", "c", "the third"]
+        assert item["query_labels"] == [0, 0, 1, 2, 2]
+    answers = [[one.tolist() for one in item["segments"]] for item in items]
+    assert answers[0] == [[[1, 2], [5, 9]], [[1, 2], [5, 9]], [], [[3, 4]], [[3, 4]]]
+    assert answers[1] == [[], [], [[0, 3]], [], []]
+    assert answers[2] == [[], [], [], [], []]
+    assert items[2]["segments"][0].shape == (0, 2)
+    assert items[0]["geometry"] == Labelled()[0]["geometry"]
+    # Without sentences, the names of the classes are asked for.
+    assert MomentDataset(Labelled())[1]["queries"] == ["a", "b", "c"]
+    assert MomentDataset(Labelled(), PHRASINGS).sentences == ["one a", "another a", "some b", "c", "the third"]
+
+
+def test_training_draws_sentences_and_absent_classes():
+    first, again = (MomentDataset(Labelled(), PHRASINGS, training=True, absent=1, seed=3) for _ in range(2))
+    drawn = [first[1]["queries"] for _ in range(40)]
+    assert drawn == [again[1]["queries"] for _ in range(40)]
+    assert all(len(queries) == 2 and "some b" in queries for queries in drawn)
+    assert {query for queries in drawn for query in queries} == {*first.sentences}
+    first.set_epoch(0)
+    assert [first[1]["queries"] for _ in range(40)] == drawn
+    assert {len(first[0]["queries"]), len(first[2]["queries"])} == {3, 1}  # a, c and one more; one of three
+    # An evaluation asks the same each time, and every recording something.
+    fixed = MomentDataset(Labelled(), PHRASINGS, absent=1)
+    assert fixed[1]["queries"] == fixed[1]["queries"]
+    assert [{*item["query_labels"]} for item in MomentDataset(Labelled(), absent=0)][:2] == [{0, 2}, {1}]
+    assert len(MomentDataset(Labelled(), absent=0)[2]["queries"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("phrasings", "message"),
+    [
+        ({"a": ["x"], "b": ["y"]}, r"only one of them has \['c'\]"),
+        ({**PHRASINGS, "d": ["z"]}, r"only one of them has \['d'\]"),
+        ({**PHRASINGS, "b": []}, "phrasings of 'b' are \\[\\]"),
+        ({**PHRASINGS, "b": "a text"}, "expected a list"),
+        ({**PHRASINGS, "b": [" "]}, "phrasings of 'b' hold ' '"),
+        ({**PHRASINGS, "b": ["one a"]}, "'one a' stands for 'a' and 'b'"),
+    ],
+)
+def test_sentences_that_cannot_be_taught_are_named(phrasings, message):
+    with pytest.raises(ValueError, match=message):
+        MomentDataset(Labelled(), phrasings)
+
+
+def test_moment_collator_looks_up_what_the_text_encoder_said():
+    extractor = feature_extractor(2, fps=10, feature_stride=5, num_frames=5)
+    processor = type("Processor", (), {"feature_extractor": extractor})()
+    dataset = MomentDataset(Labelled(), PHRASINGS, absent=0)
+    lengths = {"one a": 2, "another a": 3, "some b": 1, "c": 4, "the third": 5}
+    text_embeds = {sentence: torch.randn(count, 6) for sentence, count in lengths.items()}
+    batch = MomentCollator(processor, text_embeds, return_metadata=True)([dataset[0], dataset[1]])
+    assert batch["input_features"].shape == (2, 12, 2)
+    assert batch["query_embeds"].shape == (
+        2,
+        4,
+        5,
+        6,
+    )  # two recordings, the first one's four queries, the longest one's words
+    assert batch["queries"] == [["one a", "another a", "c", "the third"], ["some b"]]
+    assert batch["query_attention_mask"].sum(-1).tolist() == [[2, 3, 4, 5], [1, 0, 0, 0]]
+    for row, own in enumerate(batch["queries"]):
+        for column, sentence in enumerate(own):
+            kept = batch["query_attention_mask"][row, column].bool()
+            torch.testing.assert_close(batch["query_embeds"][row, column][kept], text_embeds[sentence], rtol=0, atol=0)
+            assert not batch["query_embeds"][row, column][~kept].any()
+    assert [len(own) for own in batch["labels"]] == [4, 1]
+    assert batch["labels"][1][0]["segments"].tolist() == [[0, 3]]
+    assert batch["query_labels"] == [[0, 0, 2, 2], [1]]
+
+    with pytest.raises(ValueError, match="v1: text_embeds lacks 'some b'"):
+        MomentCollator(processor, {"one a": text_embeds["one a"]})([dataset[1]])
+    with pytest.raises(ValueError, match="expected those of MomentDataset"):
+        MomentCollator(processor, text_embeds)([Labelled()[0]])
+
+
+def test_held_out_sentences_share_few_words_with_those_that_are_taught():
+    """What configuration/watch_moments.yaml says of them."""
+    path = Path(__file__).parent.parent / "configuration" / "watch_moments.yaml"
+    queries = yaml.safe_load(path.read_text(encoding="utf-8"))["queries"]
+    small = {
+        *[
+            "a",
+            "an",
+            "and",
+            "as",
+            "at",
+            "by",
+            "do",
+            "does",
+            "for",
+            "from",
+            "in",
+            "into",
+            "is",
+            "it",
+            "its",
+            "my",
+            "of",
+            "on",
+            "one",
+            "or",
+            "over",
+            "that",
+            "the",
+            "to",
+            "until",
+            "when",
+        ]
+    }
+    small |= {*["while", "who", "with", "you", "your"]}
+
+    def words(sentence):
+        return {*re.findall("[a-z]+", sentence.lower())} - small
+
+    assert {*queries} == {"training", "paraphrases", "images"}
+    taught = {sentence for sentences in queries["training"].values() for sentence in sentences}
+    assert len(taught) == 84
+    for name in ("paraphrases", "images"):
+        assert [*queries[name]] == WATCH_LABELS == [*queries["training"]]
+        for label, sentences in queries[name].items():
+            known = set().union(*map(words, queries["training"][label]))
+            for sentence in sentences:
+                assert sentence not in taught
+                assert 2 * len(words(sentence) & known) <= len(words(sentence)), (label, sentence)
 
 
 # --- Arrow datasets -------------------------------------------------------------------------------------------------

