@@ -1183,8 +1183,8 @@ class ClassificationHead(ConvHead):
 class RegressionHead(ConvHead):
     """Distances from a point to start and end, in strides, 0 or more, float32; with a learned scale for each level."""
 
-    def __init__(self, config: ConvTransformerConfig, in_width: int, width: int):
-        super().__init__(config, in_width, width, 2)
+    def __init__(self, config: ConvTransformerConfig, in_width: int, width: int, bias_init: float = 0.0):
+        super().__init__(config, in_width, width, 2, bias_init)
         self.scale = nn.Parameter(torch.ones(len(config.detector_strides)))
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None, level: int) -> torch.Tensor:
@@ -1368,7 +1368,8 @@ class ConvTransformerDecoder(nn.Module):
         self.rotary_emb = ConvTransformerRotaryEmbedding(config, width // config.n_head) if config.use_rope else None
         self.norm = make_norm(config, width)
         self.class_head = ClassificationHead(config, width, width, num_labels=1)
-        self.segment_head = RegressionHead(config, width, width)
+        # So narrow a head may begin with starts or ends below zero everywhere, where its ReLU lets nothing learn.
+        self.segment_head = RegressionHead(config, width, width, bias_init=1.0)
 
     def forward(
         self,
@@ -1492,11 +1493,11 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
         self.text_encoder = None
         if config.text_config is not None:
             self.text_encoder = make_text_encoder(config.text_config)
-        self.match = None
-        if config.projection_dim is not None:
-            self.segment_projection = nn.Linear(config.neck_width, config.projection_dim)
-            self.text_projection = nn.Linear(config.text_width, config.projection_dim)
-            self.match = MatchScale(config)
+        # Without a contrastive head it is only what the decoder's logits start from.
+        match_width = config.projection_dim or config.decoder_width
+        self.segment_projection = nn.Linear(config.neck_width, match_width)
+        self.text_projection = nn.Linear(config.text_width, match_width)
+        self.match = MatchScale(config)
         self.criterion = ConvTransformerLoss(config, num_labels=1)
         self.post_init()
         self._freeze_text_encoder()
@@ -1588,6 +1589,10 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
         if attention_mask is not None:
             lengths = attention_mask.sum(dim=1)
         logits, offsets = self.decoder(features, valids, text.to(features[0].dtype), text_valid, lengths)
+        # The decoder adds to how alike point and query are. Alone, it learns where something happens long before it learns to
+        # read: what a query says enters it through branches that start near zero, and multiplies nothing.
+        cosine = self._embed_text(text, text_valid).float() @ self._embed_points(features).float().transpose(-1, -2)
+        logits = logits + self.match.scale * cosine
 
         point_mask = self._mask_points(features, valids)
         points, strides, levels = self._make_points([x.shape[1] for x in features], offsets.device)
@@ -1597,10 +1602,7 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
 
         loss = loss_dict = None
         if labels is not None:
-            matches = None
-            if self.match is not None:
-                embeds = self._embed_points(features)
-                matches = self.match_scores(self._embed_text(text, text_valid), embeds).flatten(0, 1)[..., None]
+            matches = None if self.config.projection_dim is None else self.match(cosine).flatten(0, 1)[..., None]
             loss, loss_dict = self.criterion(
                 logits.flatten(0, 1)[..., None],
                 offsets.flatten(0, 1),
@@ -1736,7 +1738,7 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
         return self.match(text_embeds.float() @ segment_embeds.float().transpose(-1, -2))
 
     def _check_match(self):
-        if self.match is None:
+        if self.config.projection_dim is None:
             raise ValueError(
                 "This model has no contrastive head, and so no embeddings to search with; train one with projection_dim=128, "
                 "say, in its config."

@@ -212,7 +212,7 @@ def test_all_parts_learn():
 def test_it_learns_what_words_mean():
     """Two kinds of bumps, two words: after a short training each word finds its own bump in new recordings."""
     torch.manual_seed(0)
-    model = Retrieval(make_config(text_dim=5, projection_dim=8, n_embd=32, init_loss_norm=20, path_pdrop=0))
+    model = Retrieval(make_config(text_dim=5, projection_dim=8, n_embd=32, init_loss_norm=20, path_pdrop=0.1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     words = torch.randn(2, 1, 5)
 
@@ -316,7 +316,8 @@ def test_a_detector_is_a_start(tmp_path):
     for name, tensor in [*detector.model.state_dict().items(), *detector.neck.state_dict().items()]:
         own = model.model if name in detector.model.state_dict() else model.neck
         assert torch.equal(own.state_dict()[name], tensor), name
-    assert {name.split(".")[0] for name in model.untrained_weights} == {"decoder"}
+    new = {"decoder", "match", "segment_projection", "text_projection"}
+    assert {name.split(".")[0] for name in model.untrained_weights} == new
 
 
 def test_backends_of_both_models(tmp_path):
