@@ -444,8 +444,8 @@ def embed_recordings(
         model: a `ConvTransformerForMomentRetrieval` with a `projection_dim`.
         processor: its `ConvTransformerProcessor`.
         recordings: {id: array, path or dict}, as the feature extractor takes them.
-        levels: of the pyramid, 0 the finest; None: those whose points stand for segments that the model was trained to find,
-            which is all. Coarser levels alone are fewer vectors, for recordings without short segments.
+        levels: of the pyramid, 0 the finest; None: all. Each level has half as many points as the one before, so without the
+            finest ones an index is a fraction of the size, which is enough where what is asked for is long.
 
     Raises:
         ValueError: the model has no contrastive head or fewer levels, or a recording cannot be used; the message names it.
