@@ -1382,7 +1382,7 @@ class ConvTransformerDecoder(nn.Module):
             self.text_blocks.append(ConvTransformerBlock(config, level, 1, 2 * index + 1, width, is_cross=True))
         self.rotary_emb = ConvTransformerRotaryEmbedding(config, width // config.n_head) if config.use_rope else None
         self.norm = make_norm(config, width)
-        self.class_head = ClassificationHead(config, width, width, num_labels=1)
+        self.class_head = ConvHead(config, width, width, 1)
         # So narrow a head may begin with starts or ends below zero everywhere, where its ReLU lets nothing learn.
         self.segment_head = RegressionHead(config, width, width, bias_init=1.0)
 
@@ -1606,8 +1606,8 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
         logits, offsets = self.decoder(features, valids, text.to(features[0].dtype), text_valid, lengths)
         # The decoder adds to how alike point and query are. Alone, it learns where something happens long before it learns to
         # read: what a query says enters it through branches that start near zero, and multiplies nothing.
-        cosine = self._embed_text(text, text_valid).float() @ self._embed_points(features).float().transpose(-1, -2)
-        logits = logits + self.match.scale * cosine
+        matches = self.match_scores(self._embed_text(text, text_valid), self._embed_points(features))
+        logits = logits + matches.to(logits.dtype)
 
         point_mask = self._mask_points(features, valids)
         points, strides, levels = self._make_points([x.shape[1] for x in features], offsets.device)
@@ -1617,7 +1617,7 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
 
         loss = loss_dict = None
         if labels is not None:
-            matches = None if self.config.projection_dim is None else self.match(cosine).flatten(0, 1)[..., None]
+            is_contrastive = self.config.projection_dim is not None
             loss, loss_dict = self.criterion(
                 logits.flatten(0, 1)[..., None],
                 offsets.flatten(0, 1),
@@ -1627,7 +1627,7 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
                 self._make_ranges(levels),
                 _labels_of_queries(labels, query_mask),
                 num_items_in_batch,
-                matches,
+                matches.flatten(0, 1)[..., None] if is_contrastive else None,
             )
         return ConvTransformerMomentRetrievalOutput(
             loss=loss,

@@ -714,8 +714,8 @@ def check_start(model, config, loaded=None):
                 assert module.weight.abs().max() > 0.9 * bound, name
                 # standard deviation of a uniform distribution
                 assert module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.2), name
-            if module.bias is not None and not name.endswith("class_head.output"):
-                assert (module.bias == 0).all(), name
+            if module.bias is not None and name != "class_head.output":
+                assert (module.bias == float(name == "decoder.segment_head.output")).all(), name
         elif isinstance(module, AffineDropPath):
             assert (module.scale == 1e-4).all(), name
         elif isinstance(module, RegressionHead):
@@ -730,7 +730,7 @@ def check_start(model, config, loaded=None):
         if getattr(module, "relative_bias", None) is not None:
             assert module.relative_bias.std().item() == pytest.approx(math.sqrt(2 / config.n_embd), rel=0.4)
     if hasattr(model, "decoder"):
-        bias = model.decoder.class_head.output.bias
+        bias = model.match.bias  # to which the decoder adds
         assert bias.item() == pytest.approx(-math.log(0.98 / 0.02), rel=1e-6)
     if hasattr(model, "class_head"):
         expected = [-math.log(0.98 / 0.02)] * config.num_labels
