@@ -196,8 +196,10 @@ def test_a_query_that_is_padding_teaches_nothing():
     assert run(model, **inputs, labels=longer).loss == loss
 
 
-def test_all_parts_learn():
-    model = make(projection_dim=4, text_config=BERT).train()
+@pytest.mark.parametrize("projection_dim", [None, 4])
+def test_all_parts_learn(projection_dim):
+    """(What a process of DDP does not use, it waits for.)"""
+    model = make(projection_dim=projection_dim, text_config=BERT).train()
     model(**batch_of(model), labels=ANSWERS).loss.backward()
     for name, parameter in model.named_parameters():
         if name.startswith("text_encoder."):
