@@ -31,7 +31,10 @@ import precision
 import quantization
 import training_step
 
-COMMANDS = {name: importlib.import_module(name).main for name in ("latency", "training_step", "scaling", "nms", "map", "queries")}
+COMMANDS = {
+    name: importlib.import_module(name).main
+    for name in ("latency", "training_step", "scaling", "nms", "map", "queries")
+}
 
 V1 = os.environ.get("ACTIONFORMER")
 with_v1 = pytest.mark.skipif(not V1, reason="ACTIONFORMER does not say where a clone of v1 is")
@@ -246,10 +249,8 @@ def test_nms_runs(tmp_path, capsys):
 
 
 def test_queries_are_compared_with_one(tmp_path, capsys):
-    import queries
-
     arguments = ["--length", "40", "--queries", "2", "--windows", "-1", "9", "--repeats", "1"]
-    queries.main([*arguments, "--decoder-dim", "8", "16", "--json", str(tmp_path / "a.json")])
+    COMMANDS["queries"]([*arguments, "--decoder-dim", "8", "16", "--json", str(tmp_path / "a.json")])
     rows = read(tmp_path / "a.json")
     assert [(row["attention"], row["decoder_dim"], row["queries"]) for row in rows] == [
         (attention, width, count) for attention in ("global", "window 9") for width in (8, 16) for count in (1, 2)
@@ -257,6 +258,20 @@ def test_queries_are_compared_with_one(tmp_path, capsys):
     for row in rows:
         assert row["ratio"] == 1 if row["queries"] == 1 else row["ratio"] > 0
     assert len(rows_of(capsys.readouterr().out)) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--queries", "0"], "--queries [0] and --length 2304 must be 1 or more"),
+        (["--decoder-dim", "7"], "decoder_dim is 7; expected a multiple of 8"),
+    ],
+)
+def test_queries_that_cannot_be_measured(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        COMMANDS["queries"](arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_map_runs(tmp_path, capsys):
@@ -280,8 +295,6 @@ def test_map_runs(tmp_path, capsys):
         ("latency", ["--set", "n_head=3"], "n_embd 32 is not divisible by n_head 3"),
         ("latency", ["--length", "0"], "--length is 0; expected at least 1"),
         ("latency", ["--repeats", "0"], "--repeats is 0; expected at least 1"),
-        ("queries", ["--queries", "0"], "--queries [0] and --length 2304 must be 1 or more"),
-        ("queries", ["--decoder-dim", "7"], "decoder_dim is 7; expected a multiple of 8"),
         ("latency", ["--device", "cuda:77"], "--device cuda:77 is not there"),
         ("latency", ["--backends", "no_such_backend", "--length", "8"], "none of the rows could run"),
         ("scaling", ["--lengths", "99999"], "nothing to run"),
