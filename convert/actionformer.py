@@ -325,6 +325,11 @@ def _beyond_v1(config: ConvTransformerConfig) -> list[str]:
         "SwiGLU": has_attention and config.use_swiglu,
         "fewer key/value heads than query heads": has_attention
         and (config.n_kv_head or config.n_head) != config.n_head,
+        "a relative bias in global attention": has_attention
+        and any(
+            width and window <= 1
+            for width, window in zip(config.relative_bias_widths, config.window_sizes, strict=True)
+        ),
         "a window of 3, at which v1 fails": has_attention and 3 in config.window_sizes,
         "positions without attention": not has_attention and config.use_abs_pe,
         "learned positions": config.use_learned_pe,

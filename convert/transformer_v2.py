@@ -174,6 +174,8 @@ def _what_the_weights_show(foreign: dict, state: dict, names: list[str] | None) 
         "n_kv_head": None,
         "mask_conv_inputs": False,
     }
+    if fields["use_rel_pe"]:
+        fields["rel_pe_max_distance"] = 0  # inside windows only
     if not any(".drop_path_" in name for name in state):
         fields["path_pdrop"] = 0.0
     frequencies = foreign.get("backbone.stem.0.attn.rope.inv_freq")

@@ -59,8 +59,11 @@ SETTINGS = {
     "fpn_learned_positions": {"fpn_type": "fpn", "use_learned_pe": True},
     "conv_backbone": {"backbone_type": "conv", "path_pdrop": 0},
     "v1": {**PLAIN, "mask_conv_inputs": False, "use_abs_pe": True},
-    "global_rel_pe": {**PLAIN, "use_rel_pe": True, "rel_pe_max_distance": 7},
-    "dynamic_rope": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
+    "global_rel_pe_dynamic_rope": {
+        "use_rel_pe": True,
+        "rel_pe_max_distance": 7,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0},
+    },
 }
 
 

@@ -732,6 +732,7 @@ def save_model(folder, **fields):
         ({"use_learned_pe": True}, "learned positions"),
         ({"norm_eps": 1e-6}, "norm_eps 1e-06"),
         ({"backbone_type": "conv", "use_abs_pe": True, "path_pdrop": 0}, "positions without attention"),
+        ({"use_rel_pe": True}, "a relative bias in global attention"),
         ({"mha_win_size": 3}, "a window of 3"),
         ({"mha_win_size": 7}, r"max_len 32, .* \(6\)"),
         ({"mask_conv_inputs": True}, "mask_conv_inputs=False"),
@@ -751,6 +752,7 @@ def test_reverse_refuses_what_v1_lacks(fields, reason, tmp_path):
     [
         {},
         {"mha_win_size": 5, "use_rel_pe": True, "use_abs_pe": True},
+        {"mha_win_size": [5, 5, -1, -1], "use_rel_pe": True, "rel_pe_max_distance": 0},
         {"n_kv_head": 4, "n_in": [4, 2]},
         {"backbone_type": "conv", "path_pdrop": 0, "use_rope": True, "use_swiglu": True},  # no attention, no matter
     ],
