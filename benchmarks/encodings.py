@@ -11,6 +11,7 @@ standard deviation over seeds.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -129,6 +130,11 @@ class Task:
             "seed": seed,
         }
         self.stream = join(test_set)
+        if len(self.stream[0]) < RATIOS[-1] * args.length:
+            raise BenchmarkError(
+                f"{name} has {len(self.stream[0])} features to evaluate on; --length {args.length} needs "
+                f"{RATIOS[-1] * args.length} at least."
+            )
 
     def pieces(self, length: int, longest: int):
         """The features of every piece, and its segments (grid) and labels; as much as fills pieces of `longest`."""
@@ -260,13 +266,15 @@ def time_norms(args: argparse.Namespace) -> list[dict]:
     """Milliseconds of a norm alone and of the balanced backbone's forward pass with it, in turn."""
     torch.manual_seed(0)
     x, features = torch.randn(4, 2304, 256), torch.randn(1, 2304, 2048)
-    norms = {"RMSNorm": RMSNorm(256), "LayerNorm": LayerNorm(256), "torch's RMSNorm": torch.nn.RMSNorm(256)}
-    alone = {name: lambda norm=norm: norm(x) for name, norm in norms.items()}
-    alone |= {name: lambda norm=norms[name]: norm(x, None) for name in ("RMSNorm", "LayerNorm")}
+    alone = {
+        "RMSNorm": functools.partial(RMSNorm(256, eps=1e-5), x, None),
+        "LayerNorm": functools.partial(LayerNorm(256, eps=1e-5), x, None),
+        "torch's RMSNorm": functools.partial(torch.nn.RMSNorm(256, eps=1e-5), x),
+    }
     choices = {"RMSNorm": {}, "LayerNorm": {"use_rms_norm": False}}
     choices["batch norm"] = {"use_rms_norm": False, "use_batch_norm": True}
     models = {name: ConvTransformerModel(ConvTransformerConfig(**fields)).eval() for name, fields in choices.items()}
-    backbones = {name: lambda model=model: model(features) for name, model in models.items()}
+    backbones = {name: functools.partial(model, features) for name, model in models.items()}
     rows = []
     with torch.no_grad():
         for what, functions, repeats in (
@@ -295,8 +303,8 @@ NORM_COLUMNS = [
 def run(args: argparse.Namespace):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    if args.length < 64 or args.seeds < 1 or (args.epochs is not None and args.epochs < 1):
-        raise BenchmarkError("--length is at least 64; --seeds and --epochs are at least 1.")
+    if args.length < 16 or args.seeds < 1 or (args.epochs is not None and args.epochs < 1):
+        raise BenchmarkError("--length is at least 16; --seeds and --epochs are at least 1.")
     args.output.mkdir(parents=True, exist_ok=True)
     machine = harness.describe_machine()
     print(harness.machine_line(machine), flush=True)
