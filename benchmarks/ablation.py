@@ -1,7 +1,7 @@
 """Ablation: position encodings at the trained length, two and four times as long; norms; MLPs. And what RMSNorm costs.
 
-    python benchmarks/encodings.py SBHAR_FOLDER
-    python benchmarks/encodings.py SBHAR_FOLDER --tasks --repeats 30 --threads 1    (only the times of the norms)
+    python benchmarks/ablation.py SBHAR_FOLDER
+    python benchmarks/ablation.py SBHAR_FOLDER --tasks --repeats 30 --threads 1    (only the times of the norms)
 
 Models of configuration/watch.yaml and configuration/sbhar.yaml, smaller and trained for fewer steps, with global
 attention where a row names no window, train on random pieces of --length features, which is their `max_len`. The recordings of people whom they never saw are put one after
@@ -254,8 +254,9 @@ def print_tables(results: dict[tuple[str, str, int], dict]):
         positions = [own for name, own in rows.items() if name not in CHOICES]
         choices = [*([base] if base else []), *(rows[name] for name in CHOICES if name in rows)]
         for title, table in (("positions", positions), ("norms and MLPs (RoPE)", choices)):
-            print(f"\n{task}, {title}\n")
-            harness.print_table(table, columns)
+            if len(table) > 1:
+                print(f"\n{task}, {title}\n")
+                harness.print_table(table, columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,7 +332,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=256, help="features of a piece in training (default: 256)")
     parser.add_argument("--epochs", type=int, help="in place of SCHEDULES")
     parser.add_argument("--no-times", dest="times", action="store_false", help="train only")
-    parser.add_argument("--output", type=Path, default=Path("outputs/encodings"), help="folder of the results")
+    parser.add_argument("--output", type=Path, default=Path("outputs/ablation"), help="folder of the results")
     harness.add_arguments(parser, repeats=20)
     return parser
 
