@@ -1,7 +1,7 @@
-"""Ablation: position encodings at the trained length, two and four times as long; norms; MLPs. And what RMSNorm costs.
+"""Ablation: position encodings at the trained length, two and four times as long; norms; MLPs; and what each costs.
 
     python benchmarks/ablation.py SBHAR_FOLDER
-    python benchmarks/ablation.py SBHAR_FOLDER --tasks --repeats 30 --threads 1    (only the times of the norms)
+    python benchmarks/ablation.py SBHAR_FOLDER --tasks --repeats 30 --threads 1    (only what they cost)
 
 Models of configuration/watch.yaml and configuration/sbhar.yaml, smaller and trained for fewer steps, with global
 attention where a row names no window, train on random pieces of --length features, which is their `max_len`. The recordings of people whom they never saw are put one after
@@ -237,19 +237,15 @@ def summary(values: list[float]) -> str:
 def print_tables(results: dict[tuple[str, str, int], dict]):
     """A table of positions and one of the other choices, for every task of which there is a result."""
     columns = [Column("", "name"), *(Column(f"{ratio} x", str(ratio)) for ratio in RATIOS)]
-    columns += [Column("seconds of training", "seconds", ".0f")]
     for task in dict.fromkeys(task for task, _, _ in results):
         rows = {}
-        for (one, row, _), result in results.items():
-            if one == task:
-                for name, maps in result["maps"].items():
-                    own = rows.setdefault(name, {"name": name, "all": {}, "times": []})
-                    own["times"] += [result["seconds"]] if name == row else []
-                    for ratio, value in maps.items():
-                        own["all"].setdefault(ratio, []).append(value)
+        for result in [result for key, result in results.items() if key[0] == task]:
+            for name, maps in result["maps"].items():
+                own = rows.setdefault(name, {"name": name, "all": {}})
+                for ratio, value in maps.items():
+                    own["all"].setdefault(ratio, []).append(value)
         for own in rows.values():
             own |= {ratio: summary(values) for ratio, values in own["all"].items()}
-            own["seconds"] = statistics.median(own["times"]) if own["times"] else None
         base = {**rows["RoPE"], "name": "RMSNorm, SwiGLU"} if "RoPE" in rows else None
         positions = [own for name, own in rows.items() if name not in CHOICES]
         choices = [*([base] if base else []), *(rows[name] for name in CHOICES if name in rows)]
@@ -260,11 +256,11 @@ def print_tables(results: dict[tuple[str, str, int], dict]):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What norms cost
+# What they cost
 
 
-def time_norms(args: argparse.Namespace) -> list[dict]:
-    """Milliseconds of a norm alone and of the balanced backbone's forward pass with it, in turn."""
+def time_parts(args: argparse.Namespace) -> list[dict]:
+    """Milliseconds of norms alone, and of the balanced backbone's forward pass with each row's settings, in turn."""
     torch.manual_seed(0)
     x, features = torch.randn(4, 2304, 256), torch.randn(1, 2304, 2048)
     alone = {
@@ -272,29 +268,27 @@ def time_norms(args: argparse.Namespace) -> list[dict]:
         "LayerNorm": functools.partial(LayerNorm(256, eps=1e-5), x, None),
         "torch's RMSNorm": functools.partial(torch.nn.RMSNorm(256, eps=1e-5), x),
     }
-    choices = {"RMSNorm": {}, "LayerNorm": {"use_rms_norm": False}}
-    choices["batch norm"] = {"use_rms_norm": False, "use_batch_norm": True}
-    models = {name: ConvTransformerModel(ConvTransformerConfig(**fields)).eval() for name, fields in choices.items()}
+    names = ["RoPE", *(name for name in ROWS if name != "RoPE")]
+    models = {name: ConvTransformerModel(ConvTransformerConfig(**ROWS[name])).eval() for name in names}
     backbones = {name: functools.partial(model, features) for name, model in models.items()}
     rows = []
     with torch.no_grad():
         for what, functions, repeats in (
-            ("alone, (4, 2304, 256)", alone, 10 * args.repeats),
+            ("norm alone, (4, 2304, 256)", alone, 10 * args.repeats),
             ("balanced backbone, (1, 2304, 2048)", backbones, args.repeats),
         ):
-            timings = harness.time_alternating(functions, repeats, warmup=2)
-            for name, timing in timings.items():
-                row = {"norm": name, "where": what, "threads": torch.get_num_threads()}
+            for name, timing in harness.time_alternating(functions, repeats, warmup=2).items():
+                row = {"what": what, "name": name, "threads": torch.get_num_threads()}
                 rows.append({**row, "ms": timing.median_ms, "ratio": timing.ratio})
     return rows
 
 
-NORM_COLUMNS = [
-    Column("norm", "norm"),
-    Column("where", "where"),
+TIME_COLUMNS = [
+    Column("what", "what"),
+    Column("with", "name"),
     Column("threads", "threads"),
     Column("ms", "ms", ".2f"),
-    Column("over RMSNorm", "ratio", ".2f"),
+    Column("over the first", "ratio", ".2f"),
 ]
 
 
@@ -309,9 +303,9 @@ def run(args: argparse.Namespace):
     args.output.mkdir(parents=True, exist_ok=True)
     machine = harness.describe_machine()
     print(harness.machine_line(machine), flush=True)
-    times = time_norms(args) if args.times else []
+    times = time_parts(args) if args.times else []
     if times:
-        harness.print_table(times, NORM_COLUMNS)
+        harness.print_table(times, TIME_COLUMNS)
     runs = [(task, row, seed) for task in args.tasks for seed in range(args.seeds) for row in args.rows]
     results = {}
     for key in tqdm(runs, desc="runs", disable=None):
@@ -320,7 +314,7 @@ def run(args: argparse.Namespace):
     if results:
         print_tables(results)
     rows = [{"task": task, "row": row, "seed": seed, **result} for (task, row, seed), result in results.items()]
-    harness.write_json(args.json, machine, args, rows, norms=times)
+    harness.write_json(args.json, machine, args, rows, times=times)
 
 
 def make_parser() -> argparse.ArgumentParser:
