@@ -17,6 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from modeling_convtransformer import (
     ConvTransformerConfig,
+    ConvTransformerForMomentRetrieval,
     ConvTransformerForTemporalActionLocalization,
     ConvTransformerModel,
 )
@@ -332,6 +333,37 @@ def compare_models(device, implementation, settings, dtype):
 def test_models_equal_eager_on_the_cpu(name, implementation, dtype, forgotten):
     skip_without_kernel(implementation, dtype, "use_rel_pe" in SETTINGS[name])
     compare_models(DEVICE, implementation, SETTINGS[name], dtype)
+
+
+def compare_moments(device, implementation, settings, dtype):
+    """The same for moment retrieval: two decoder layers, queries of four words and fewer."""
+    model = make_model({**settings, "text_dim": 6, "decoder_layers": 2}, ConvTransformerForMomentRetrieval)
+    generator = torch.Generator().manual_seed(0)
+    words, known = torch.randn(3, 2, 4, 6, generator=generator), torch.ones(3, 2, 4)
+    known[1, 0, 1:] = known[2, 1, 3:] = 0
+    features, mask = make_features(150)
+    with torch.no_grad():
+        expected = model(features, mask, query_embeds=words, query_attention_mask=known)
+        model.to(device, dtype).set_attn_implementation(implementation)
+        inputs = {"query_embeds": words, "query_attention_mask": known}
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        output = model(features.to(device), mask.to(device), **inputs)
+    valid = (expected.point_mask[:, None] * expected.query_mask[..., None]) == 1
+    one, other = output.logits.cpu()[valid].double(), expected.logits[valid].double()
+    if dtype == torch.float32:
+        assert_near(one, other, dtype, "logits")
+    else:  # 8 bits through seven blocks and the heads: single values may be far off, not their average
+        assert one.isfinite().all()
+        assert (one - other).abs().mean() < 0.1 * other.std()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("name", ["default", "windows", "groups_of_3", "causal", "bias"])
+@pytest.mark.filterwarnings("error:flex_attention called without torch.compile")
+def test_moments_equal_eager_on_the_cpu(name, implementation, dtype, forgotten):
+    skip_without_kernel(implementation, dtype, "use_rel_pe" in SETTINGS[name])
+    compare_moments(DEVICE, implementation, SETTINGS[name], dtype)
 
 
 def compare_compiled(device, implementation, settings, padded, dtype=torch.float32, **options):
