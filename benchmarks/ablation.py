@@ -328,6 +328,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-times", dest="times", action="store_false", help="train only")
     parser.add_argument("--output", type=Path, default=Path("outputs/ablation"), help="folder of the results")
     harness.add_arguments(parser, repeats=20)
+    harness.add_allocator_argument(parser)
     return parser
 
 
