@@ -1,7 +1,7 @@
 """What many queries on one recording cost: the recording is encoded once, and a query costs the width of the decoder.
 
     python benchmarks/queries.py
-    python benchmarks/queries.py --queries 1 16 256 --decoder-dim 48 256 --device cuda
+    python benchmarks/queries.py --queries 1 16 256 --decoder-dim 32 256 --device cuda
 
 Moment retrieval with the default configuration (n_in 2048, n_embd 256), random features and random word embeddings of a
 sentence encoder's width (384), 10 words a query. Times of one width are taken in turn, and a ratio is to one query.

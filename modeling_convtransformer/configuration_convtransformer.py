@@ -264,7 +264,7 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
             Width of the queries' embeddings. Default: that of the text encoder.
         decoder_dim (`int`, *optional*), decoder_layers (`int`, defaults to 1):
             Width and number of the blocks in which the pyramid attends to a query. The width is what a query costs, beside
-            the recording: default `3 / 16 * n_embd`, up to a multiple of two channels a head.
+            the recording: default `n_embd / 8`, up to a multiple of two channels a head.
         projection_dim (`int`, *optional*):
             Width of the space in which queries and points of the pyramid are compared to search many recordings. Default: no
             such head.
@@ -513,7 +513,7 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.decoder_dim is not None:
             return self.decoder_dim
         step = 2 * self.n_head  # rotary positions turn pairs of channels
-        return math.ceil(3 * self.n_embd / 16 / step) * step
+        return math.ceil(self.n_embd / 8 / step) * step
 
     @property
     def neck_width(self) -> int:

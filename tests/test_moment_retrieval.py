@@ -123,7 +123,7 @@ def test_the_future_changes_nothing_before_it(fields, implementation):
 
 
 def test_the_default_width_of_the_decoder():
-    for n_embd, n_head, width in [(256, 4, 48), (128, 4, 24), (512, 8, 96), (16, 4, 8), (64, 8, 16)]:
+    for n_embd, n_head, width in [(256, 4, 32), (128, 4, 16), (512, 8, 64), (16, 4, 8), (64, 8, 16)]:
         assert ConvTransformerConfig(n_embd=n_embd, n_head=n_head).decoder_width == width
     model = make(decoder_dim=12, use_rope=False)
     assert model.decoder.time_proj.out_features == model.decoder.class_head.output.in_channels == 12
