@@ -6,6 +6,7 @@ The environment variable ACTIONFORMER, the path of a clone of v1's official code
 import argparse
 import dataclasses
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -33,7 +34,7 @@ import training_step
 
 COMMANDS = {
     name: importlib.import_module(name).main
-    for name in ("latency", "training_step", "scaling", "nms", "map", "queries")
+    for name in ("latency", "training_step", "scaling", "nms", "map", "queries", "retrieval")
 }
 
 V1 = os.environ.get("ACTIONFORMER")
@@ -272,6 +273,20 @@ def test_queries_that_cannot_be_measured(arguments, message, capsys):
         COMMANDS["queries"](arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_search_is_timed_with_every_backend_that_is_there(tmp_path, capsys):
+    COMMANDS["retrieval"](["--recordings", "3", "6", "--repeats", "1", "--json", str(tmp_path / "a.json")])
+    rows = read(tmp_path / "a.json")
+    backends = ["torch", "faiss"] if importlib.util.find_spec("faiss") else ["torch"]
+    assert [(row["vectors"], row["dtype"], row["backend"]) for row in rows] == [
+        (vectors, dtype, one) for vectors in (300, 600) for dtype in ("float32", "int8") for one in backends
+    ]
+    assert {row["dtype"]: row["megabytes"] for row in rows if row["vectors"] == 600} == {
+        "float32": 0.1536,
+        "int8": 0.0384,
+    }
+    assert len(rows_of(capsys.readouterr().out)) == len(rows)
 
 
 def test_map_runs(tmp_path, capsys):
