@@ -420,6 +420,20 @@ def test_only_what_ranks_first_is_read(model, processor, recordings):
     assert search_moments("lift", index, model, processor, read, threshold=1.0) == []
 
 
+def test_a_model_in_half_precision_finds_the_same(processor, recordings):
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, index = make_model().to(dtype), SegmentIndex(8)
+        for one in embed_recordings(model, processor, recordings, show_progress=False):
+            index.add(**one)
+        found.append(search_moments(QUERIES, index, model, processor, recordings, top_recordings=4, top_moments=1))
+    # The order among untrained scores may turn; bfloat16 keeps 8 bits of each value.
+    for one in found[0]:
+        other = next(x for x in found[1] if (x["query"], x["recording"]) == (one["query"], one["recording"]))
+        assert other["recording_score"] == pytest.approx(one["recording_score"], abs=0.03)
+        assert other["score"] == pytest.approx(one["score"], abs=0.03)
+
+
 def test_sentences_embedded_before_training_give_the_same_loss(processor):
     model = make_model()  # (training moves the loss's counter)
 
