@@ -402,6 +402,13 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
             saved = config_dict.get("rope_parameters") or {}
             kept = {"rope_theta": saved["rope_theta"]} if "rope_theta" in saved else {}
             config_dict = {**config_dict, "rope_parameters": {**kept, **kwargs.pop("rope_parameters")}}
+        if isinstance(kwargs.get("text_config"), dict):
+            config_dict = {**config_dict, "text_config": kwargs.pop("text_config")}
+        windows = config_dict.get("mha_win_size", -1)
+        has_windows = max(windows if isinstance(windows, list | tuple) else [windows], default=-1) > 1
+        if config_dict.get("use_rel_pe") and has_windows and "rel_pe_max_distance" not in {**config_dict, **kwargs}:
+            # saved before global attention could have a bias: of windows only
+            config_dict = {**config_dict, "rel_pe_max_distance": 0}
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).validate_architecture()
         return result
@@ -505,7 +512,7 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
         """Width of the queries' embeddings; `None` where nothing says it."""
         if self.text_dim is not None or self.text_config is None:
             return self.text_dim
-        return self.text_config.hidden_size
+        return getattr(self.text_config, "hidden_size", None)
 
     @property
     def decoder_width(self) -> int:
@@ -745,6 +752,11 @@ class ConvTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"{max(round(self.decoder_width / step), 1) * step} would work."
             )
         width = getattr(self.text_config, "hidden_size", None)
+        if self.text_config is not None and width is None:
+            raise ValueError(
+                f"text_config is of type {self.text_config.model_type!r}, which has no hidden_size: a model of text and something "
+                "else? Give the config of its text model: text_config.get_text_config()."
+            )
         if self.text_config is not None and self.text_dim not in (None, width):
             raise ValueError(
                 f"text_dim is {self.text_dim}, but the text encoder (text_config) has hidden_size {width}; leave text_dim out."
@@ -950,7 +962,8 @@ def _text_config_of(fields: dict) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(model_type, **fields)
     except ValueError as error:
-        raise ValueError(f"text_config: {error}") from error
+        # (transformers' own words list all types)
+        raise ValueError(f"text_config has model_type {model_type!r}, which transformers cannot make.") from error
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -430,8 +430,8 @@ def evaluate_moments(
     Moments of equal score count in the order given.
 
     Args:
-        predictions: {query id: {"segments": (N, 2) start and end in seconds, "scores": (N,)}}; an id is what tells queries
-            apart, such as (recording, number of the query). N may be 0, and a query that is missing has found nothing.
+        predictions: {query id: {"segments": (N, 2) start and end in seconds, "scores": (N,)}}, or the rows of
+            `pipeline("moment-retrieval")` for it, [{"start", "end", "score"}, ...]; an id is what tells queries apart, such as (recording, number of the query). N may be 0, and a query that is missing has found nothing.
         ground_truth: {query id: (M, 2) seconds}, or {query id: {"segments": (M, 2)}}. M is 0 where a query has no answer.
         top_k: one or several whole numbers >= 1.
         tiou_thresholds: one or several numbers in (0, 1].
@@ -453,20 +453,22 @@ def evaluate_moments(
             f"predictions has {len(unknown)} queries that ground_truth lacks, such as {unknown[0]!r}; give the ids of the same "
             "queries."
         )
-    given = {query: {**one, "labels": np.zeros(len(one["scores"]), np.int64)} for query, one in predictions.items()}
+    given = {query: _as_moments(one, query) for query, one in predictions.items()}
     given = _flatten(given, "predictions", with_scores=True)
 
     number = {query: row for row, query in enumerate(ground_truth)}
     queries = np.array([number[query] for query in predictions], dtype=np.int64)[given.videos]
+    order = np.lexsort((-given.scores, queries))  # stable: of equal scores the one given first
+    segments, edges = given.segments[order], np.searchsorted(queries[order], np.arange(len(ground_truth) + 1))
+    truth_edges = np.searchsorted(truth.videos, np.arange(len(ground_truth) + 1))
     first = np.zeros(len(ground_truth))
     best = np.zeros((len(top_k), len(ground_truth)))
     for row in np.unique(truth.videos):
-        own = np.flatnonzero(queries == row)
-        own = own[np.argsort(-given.scores[own], kind="stable")][: top_k.max()]
+        own = segments[edges[row] : edges[row + 1]][: top_k.max()]
         if len(own) == 0:
             continue
-        starts, ends = truth.segments[truth.videos == row].T
-        tiou = _tiou(given.segments[own, 0, None], given.segments[own, 1, None], starts, ends).max(axis=1)
+        starts, ends = truth.segments[truth_edges[row] : truth_edges[row + 1]].T
+        tiou = _tiou(own[:, 0, None], own[:, 1, None], starts, ends).max(axis=1)
         first[row] = tiou[0]
         best[:, row] = [tiou[:k].max() for k in top_k]
     answerable = np.unique(truth.videos)
@@ -478,6 +480,21 @@ def evaluate_moments(
         num_queries=len(answerable),
         num_unanswerable=len(ground_truth) - len(answerable),
     )
+
+
+def _as_moments(found: Any, query: Hashable) -> dict[str, ArrayLike]:
+    if isinstance(found, Mapping) and {"segments", "scores"} <= {*found}:
+        return {**found, "labels": np.zeros(len(found["scores"]), np.int64)}
+    rows = [] if isinstance(found, Mapping) or not isinstance(found, Sequence) else found
+    if not isinstance(found, Sequence) or not all(
+        isinstance(r, Mapping) and {"start", "end", "score"} <= {*r} for r in rows
+    ):
+        raise ValueError(
+            f"predictions[{query!r}] must be a dictionary with the keys ['segments', 'scores'], or a list of dictionaries with "
+            "start, end and score."
+        )
+    segments, scores = [(row["start"], row["end"]) for row in rows], [row["score"] for row in rows]
+    return {"segments": segments, "scores": scores, "labels": np.zeros(len(rows), np.int64)}
 
 
 def _as_detections(segments: ArrayLike) -> dict[str, ArrayLike]:

@@ -753,10 +753,22 @@ class ConvTransformerBlock(GradientCheckpointingLayer):
         )
         skipped = zero_padding(self.pool_skip(hidden_states, padding), out_padding)
         if text is not None:
-            skipped, out_padding = repeat_for_queries(skipped, text), repeat_for_queries(out_padding, text)
+            skipped = repeat_for_queries(skipped, text)
+            out_padding = self.padding_of_queries(out_padding, skipped, text, text_padding)
         hidden_states = self.drop_path_attn(skipped, attended)
         update = zero_padding(self._run_mlp(hidden_states, out_padding), out_padding)
         return self.drop_path_mlp(hidden_states, update)
+
+    def padding_of_queries(
+        self, padding: torch.Tensor | None, x: torch.Tensor, text: torch.Tensor, text_padding: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The padding of a recording for each of its queries, (recordings * queries, time, 1); in training, a query without a
+        word is padding throughout, for batch norm counts what is valid."""
+        padding = repeat_for_queries(padding, text)
+        if text_padding is None or not self.training:
+            return padding
+        is_none = text_padding.all(dim=1, keepdim=True).expand(-1, x.shape[1], -1)
+        return is_none if padding is None else padding | is_none
 
     def _run_mlp(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         if not runs_in_chunks(self, x.shape[1]):
@@ -1354,8 +1366,9 @@ class MatchScale(nn.Module):
         super().__init__()
         self.scale_init = 10.0
         self.bias_init = -math.log((1 - config.cls_prior_prob) / config.cls_prior_prob)
-        self.scale = nn.Parameter(torch.tensor(self.scale_init))
-        self.bias = nn.Parameter(torch.tensor(self.bias_init))
+        # (of one dimension: FSDP shards no scalars)
+        self.scale = nn.Parameter(torch.full((1,), self.scale_init))
+        self.bias = nn.Parameter(torch.full((1,), self.bias_init))
 
     def forward(self, cosine: torch.Tensor) -> torch.Tensor:
         return cosine.float() * self.scale.float() + self.bias.float()
@@ -1392,15 +1405,14 @@ class ConvTransformerDecoder(nn.Module):
         valids: Sequence[torch.Tensor | None],
         text: torch.Tensor,
         text_valid: torch.Tensor | None,
-        lengths: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        lengths: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             features, valids: the levels after the neck, finest first, each (batch, time / stride, channels), and their masks,
                 each (batch, time / stride) bool, True = valid, or `None` = no padding.
             text: (batch, queries, words, text width); text_valid: (batch, queries, words) bool or `None`.
-            lengths: (batch,), the number of features of each recording.
+            lengths: (batch or 1,), the number of features of each recording.
 
         Returns:
             logits (batch, queries, points) and offsets (batch, queries, points, 2) in strides, 0 or more, float32.
@@ -1411,51 +1423,51 @@ class ConvTransformerDecoder(nn.Module):
         if self.rotary_emb is not None:
             steps = torch.arange(features[0].shape[1], device=text.device)[None]
             rotary = self.rotary_emb(features[0], steps, lengths)
-        levels = [self._read_time(x, valid, rotary, **kwargs) for x, valid in zip(features, valids, strict=True)]
-        count = queries
+        levels = [self._read_time(x, valid, rotary) for x, valid in zip(features, valids, strict=True)]
+        parts = [slice(None)]
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()):
             count = max(_STEPS_AT_ONCE // (batch * features[0].shape[1]), 1)
+            parts = [slice(first, first + count) for first in range(0, queries, count)]
         logits, offsets = [], []
-        for first in range(0, queries, count):
-            some = slice(first, first + count)
-            of_text = None if text_valid is None else text_valid[:, some].flatten(0, 1)
+        for part in parts:
+            of_text = None if text_valid is None else text_valid[:, part].flatten(0, 1)
             decoded = [
-                self._read_text(level, *one, rotary, text[:, some].flatten(0, 1), of_text, **kwargs)
+                self._read_text(level, *one, rotary, text[:, part].flatten(0, 1), of_text)
                 for level, one in enumerate(levels)
             ]
-            for parts, one in zip((logits, offsets), zip(*decoded, strict=True), strict=True):
-                parts.append(torch.cat(one, dim=1).unflatten(0, (batch, -1)))
+            for results, one in zip((logits, offsets), zip(*decoded, strict=True), strict=True):
+                results.append(torch.cat(one, dim=1).unflatten(0, (batch, -1)))
         return torch.cat(logits, dim=1).squeeze(-1), torch.cat(offsets, dim=1)
 
-    def _read_time(self, x: torch.Tensor, valid: torch.Tensor | None, rotary, **kwargs) -> tuple:
+    def _read_time(self, x: torch.Tensor, valid: torch.Tensor | None, rotary) -> tuple:
         """A level before it has seen a word, and its mask."""
-        x = zero_padding(self.time_proj(x), None if valid is None else ~valid[..., None])
-        return self._look_around(self.time_blocks[0], x, valid, rotary, **kwargs), valid
+        padding = None if valid is None else ~valid[..., None]
+        return self._look_around(
+            self.time_blocks[0], zero_padding(self.time_proj(x), padding), padding, rotary
+        ), padding
 
-    def _look_around(self, block: nn.Module, x: torch.Tensor, valid: torch.Tensor | None, rotary, **kwargs):
-        padding, length = None if valid is None else ~valid[..., None], x.shape[1]
+    def _look_around(self, block: nn.Module, x: torch.Tensor, padding: torch.Tensor | None, rotary) -> torch.Tensor:
+        length = x.shape[1]
         if rotary is not None:
             rotary = tuple(one[:, :length] for one in rotary)
             if rotary[0].shape[0] > 1:  # angles of each recording
                 rotary = tuple(repeat_for_queries(one, x) for one in rotary)
-        mask = make_attention_mask(
-            self.config._attn_implementation, valid, length, block.attn.window, block.attn.is_causal, x.dtype, x.device
-        )
-        return block(x, padding, padding, mask, rotary, **kwargs)
+        implementation, attn = self.config._attn_implementation, block.attn
+        valid = None if padding is None else ~padding[..., 0]
+        mask = make_attention_mask(implementation, valid, length, attn.window, attn.is_causal, x.dtype, x.device)
+        return block(x, padding, padding, mask, rotary)
 
     def _read_text(
-        self, level: int, x: torch.Tensor, valid: torch.Tensor | None, rotary, text: torch.Tensor, text_valid, **kwargs
+        self, level: int, x: torch.Tensor, padding: torch.Tensor | None, rotary, text: torch.Tensor, text_valid
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (batch * queries, time, 1) and offsets (batch * queries, time, 2) of a level."""
         mask = make_text_mask(self.config._attn_implementation, text_valid, x.dtype)
         text_padding = None if text_valid is None else ~text_valid[..., None]
         for index, block in enumerate(self.text_blocks):
             if index:
-                x = self._look_around(self.time_blocks[index], x, valid, rotary, **kwargs)
-            padding = None if valid is None else ~valid[..., None]
-            x = block(x, padding, padding, mask, None, text, text_padding, **kwargs)
-            valid = repeat_for_queries(valid, text)
-        padding = None if valid is None else ~valid[..., None]
+                x = self._look_around(self.time_blocks[index], x, padding, rotary)
+            x = block(x, padding, padding, mask, None, text, text_padding)
+            padding = block.padding_of_queries(padding, x, text, text_padding)
         x = self.norm(x, padding)
         return self.class_head(x, padding), self.segment_head(x, padding, level)
 
@@ -1469,8 +1481,10 @@ def make_text_encoder(text_config) -> PreTrainedModel:
     """A new text model, with the attention backend of its config if it has that one."""
     try:
         return text_model_class(text_config).from_config(text_config)
-    except ValueError:  # a backend that was asked of both models, and that this one lacks
-        text_config._attn_implementation = "eager"
+    except ValueError:
+        if text_config._attn_implementation in (None, "eager"):
+            raise
+        text_config._attn_implementation = "eager"  # a backend that was asked of both models, and that this one lacks
         return text_model_class(text_config).from_config(text_config)
 
 
@@ -1518,8 +1532,16 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
         self._freeze_text_encoder()
 
     def _freeze_text_encoder(self):
-        if self.text_encoder is not None:
-            self.text_encoder.requires_grad_(not self.config.freeze_text_encoder)
+        if self.text_encoder is None:
+            return
+        self.text_encoder.requires_grad_(not self.config.freeze_text_encoder)
+        if getattr(self.text_encoder, "pooler", None) is not None:
+            self.text_encoder.pooler.requires_grad_(False)  # which nothing reads: DDP would wait for it
+
+    @property
+    def _text_encoder_learns(self) -> bool:
+        """Asks the parameters, which may be thawed, or have adapters."""
+        return self.text_encoder is not None and any(one.requires_grad for one in self.text_encoder.parameters())
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -1539,14 +1561,25 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
         Args:
             text_model: name or folder of a text model of transformers, such as "sentence-transformers/all-MiniLM-L6-v2".
             config: of the model; its `text_config` is replaced.
-            kwargs: for `AutoModelForTextEncoding.from_pretrained` (or `AutoModel`'s), such as `revision`.
+            kwargs: for `AutoModelForTextEncoding.from_pretrained` (or `AutoModel`'s), such as `revision`; the default `dtype` is
+                the model's.
+
+        To start from a trained detector too: `model.model.load_state_dict(detector.model.state_dict())`.
         """
-        encoder = text_model_class(AutoConfig.from_pretrained(text_model, **kwargs)).from_pretrained(
-            text_model, **kwargs
-        )
+        hub = {
+            name: kwargs[name] for name in ("revision", "token", "cache_dir", "trust_remote_code") if name in kwargs
+        }
+        text_config = AutoConfig.from_pretrained(text_model, **hub).get_text_config()
+        kwargs = {"dtype": torch.get_default_dtype(), **kwargs}
+        encoder = text_model_class(text_config).from_pretrained(text_model, **kwargs)
         fields = {**config.to_dict(), "text_config": encoder.config.to_dict(), "text_dim": None}
-        model = cls(type(config).from_dict(fields, attn_implementation=config._attn_implementation))
-        model.text_encoder.load_state_dict(encoder.state_dict())
+        config = type(config).from_dict(fields, attn_implementation=config._attn_implementation)
+        if config._attn_implementation is not None:
+            config._attn_implementation = config._attn_implementation  # of both models
+        model = cls(config)
+        missing, unexpected = model.text_encoder.load_state_dict(encoder.state_dict(), strict=False)
+        if lost := [name for name in [*missing, *unexpected] if not name.startswith("pooler.")]:  # which is not read
+            raise ValueError(f"{text_model}: its weights are not those of its config, such as {lost[0]!r}.")
         return model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -1554,8 +1587,8 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if self.text_encoder is not None and self.config.freeze_text_encoder:
-            self.text_encoder.eval()  # no dropout in what does not learn
+        if self.text_encoder is not None:
+            self.text_encoder.train(mode and self._text_encoder_learns)  # no dropout in what does not learn
         return self
 
     @can_return_tuple
@@ -1586,7 +1619,7 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
                 For each sample and each of its queries `segments` (`(N, 2)`, start and end on the feature grid). N is 0 where
                 a query has no answer.
             num_items_in_batch (`torch.Tensor` or `float`, *optional*):
-                See `ConvTransformerForTemporalActionLocalization`.
+                Divide the losses by this, not by the moving number of positives.
 
         Raises:
             ValueError: shapes that do not fit, no query, or labels that the model cannot learn; the message names the sample.
@@ -1690,14 +1723,19 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
                 f"{self.config.text_width})."
             )
         most = getattr(self.config.text_config, "max_position_embeddings", None)
+        table = getattr(getattr(self.text_encoder, "embeddings", None), "position_embeddings", None)
+        if most is not None and getattr(table, "padding_idx", None) is not None:
+            most -= table.padding_idx + 1  # RoBERTa counts from there
         if most is not None and given.shape[-1] > most:
             raise ValueError(
                 f"query_input_ids has {given.shape[-1]} tokens, but the text encoder takes at most {most}; shorten the query."
             )
+        if given.is_floating_point():
+            raise ValueError(f"query_input_ids are of type {given.dtype}; expected token ids, whole numbers.")
         tokens_valid = torch.ones_like(given, dtype=torch.bool) if valid is None else valid
         # A query that is padding throughout has no word to attend to, which some encoders answer with NaN.
         visible = (tokens_valid | ~tokens_valid.any(dim=-1, keepdim=True)).flatten(0, 1).long()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text_encoder):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._text_encoder_learns):
             hidden = self.text_encoder(given.flatten(0, 1), attention_mask=visible, return_dict=True).last_hidden_state
         hidden = hidden.unflatten(0, given.shape[:2])
         return zero_padding(hidden, None if valid is None else ~valid[..., None]), valid
@@ -1783,19 +1821,20 @@ def _labels_of_queries(labels: list[list[dict]], query_mask: torch.Tensor) -> li
         )
     flat = []
     for index, (own, mask) in enumerate(zip(labels, query_mask.tolist(), strict=True)):
-        if isinstance(own, dict) or sum(mask) > len(own) or len(own) > len(mask):
-            found = "one dict" if isinstance(own, dict) else f"{len(own)} entries"
+        if isinstance(own, Mapping) or len(own) not in (sum(mask), len(mask)):
+            found = "one dict" if isinstance(own, Mapping) else f"{len(own)} entries"
             raise ValueError(
                 f"labels[{index}] is {found} for {sum(mask)} queries; expected a list with one "
                 "{'segments': (N, 2)} for each query, N = 0 where it has no answer."
             )
         for which, one in enumerate(own):
-            if not isinstance(one, Mapping) or "segments" not in one:
+            if not isinstance(one, Mapping) or one.get("segments") is None:
                 raise ValueError(f"labels[{index}][{which}] is {one!r}; expected a dict with 'segments' (N, 2).")
-            flat.append(
-                {"segments": one["segments"], "class_labels": torch.zeros(len(one["segments"]), dtype=torch.long)}
-            )
-        flat += [{"segments": [], "class_labels": []}] * (len(mask) - len(own))
+        given, nothing = iter(own), {"segments": []}
+        for is_query in mask:  # those that are padding may have an entry, or none
+            one = next(given) if is_query or len(own) == len(mask) else nothing
+            segments = one["segments"] if is_query else []
+            flat.append({"segments": segments, "class_labels": torch.zeros(len(segments), dtype=torch.long)})
     return flat
 
 

@@ -295,8 +295,7 @@ class MomentRetrievalPipeline(ConvTransformerPipeline):
                 use; the message names it and what to do.
         """
         if queries is not None:
-            check_queries(queries, ["the recording"])
-            kwargs["queries"] = queries
+            kwargs["queries"] = queries if isinstance(queries, str) else _as_texts(queries)
         return super().__call__(_as_inputs(inputs), **kwargs)
 
     def _sanitize_parameters(self, **kwargs) -> tuple[dict, dict, dict]:
@@ -306,24 +305,31 @@ class MomentRetrievalPipeline(ConvTransformerPipeline):
         if isinstance(recording, Mapping) and "queries" in recording:
             recording = dict(recording)
             queries = recording.pop("queries")
+            queries = queries if isinstance(queries, str) else _as_texts(queries)
         if queries is None:
             raise ValueError(
                 'No queries given: pass a text or a list of texts, find(recording, ["turn the arm outward"]), or a dict with '
                 "`queries` beside its features."
             )
         geometry = {key: value for key, value in geometry.items() if value is not None}
+        (texts,) = check_queries(queries, ["the recording"])
         features, geometry = self.feature_extractor.load(recording, geometry=geometry)
-        yield {"is_last": True, "geometry": geometry, "queries": queries, **self._join(features, queries)}
+        (ids,) = self._join.tokenize_each([texts], ["the recording"])
+        # Queries of several recordings are of different numbers and lengths: they are put together in `_forward`.
+        asked = {"texts": texts, "ids": ids, "is_one": isinstance(queries, str)}
+        yield {"is_last": True, "geometry": geometry, "queries": asked, **self.feature_extractor(features)}
 
     def _forward(self, model_inputs: dict) -> dict:
         passed_on = {name: model_inputs.pop(name) for name in ("is_last", "geometry", "queries")}
-        outputs = self.model(**model_inputs)
+        asked = passed_on["queries"]
+        words = self._join.pad_tokens([one["ids"] for one in ([asked] if isinstance(asked, dict) else asked)])
+        words = {name: torch.from_numpy(value).to(self.model.device) for name, value in words.items()}
+        outputs = self.model(**model_inputs, **words)
         return {**passed_on, **{name: outputs[name] for name in (*_OUTPUTS, "query_mask")}}
 
     def postprocess(self, model_outputs: list[dict], **settings) -> list:
         (outputs,) = model_outputs
-        queries = outputs["queries"]
-        texts = [queries] if isinstance(queries, str) else queries
+        asked = outputs["queries"]
         outputs, geometry = {name: outputs[name] for name in (*_OUTPUTS, "query_mask")}, outputs["geometry"]
         found = self.feature_extractor.post_process_moment_retrieval(outputs, geometry, **settings)[0]
         moments = [
@@ -331,9 +337,23 @@ class MomentRetrievalPipeline(ConvTransformerPipeline):
                 {"query": query, "score": score, "start": start, "end": end}
                 for (start, end), score in zip(one["segments"].tolist(), one["scores"].tolist(), strict=True)
             ]
-            for query, one in zip(texts, found, strict=True)
+            for query, one in zip(asked["texts"], found, strict=True)
         ]
-        return moments[0] if isinstance(queries, str) else moments
+        return moments[0] if asked["is_one"] else moments
+
+
+def _as_texts(queries) -> list[str]:
+    """
+    Raises:
+        ValueError: none, empty ones, or something else.
+    """
+    (texts,) = check_queries(queries, ["the recording"])
+    if not all(isinstance(one, str) for one in queries if isinstance(queries, list | tuple)):
+        raise ValueError(
+            "queries is a list of lists; expected a text, or a list of texts, which are asked of every recording. To ask "
+            'each its own, pass dicts: {"features": ..., "queries": [...]}.'
+        )
+    return texts
 
 
 def _as_inputs(inputs):

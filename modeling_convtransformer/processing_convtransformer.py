@@ -1,6 +1,6 @@
 """ConvTransformerProcessor: recordings and questions in, what `ConvTransformerForMomentRetrieval` takes out, and back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class ConvTransformerProcessor(ProcessorMixin):
         geometries = self.feature_extractor.geometry_of(features, geometry)
         names = _name_samples([None] * count, names)
         queries = check_queries(queries, names)
-        words = self._tokenize(queries, names, truncation)
+        words = self.pad_tokens(self.tokenize_each(queries, names, truncation))
         for key, value in words.items():
             batch[key] = torch.from_numpy(value) if return_tensors == "pt" else value
         if annotations is not None:
@@ -93,11 +93,13 @@ class ConvTransformerProcessor(ProcessorMixin):
             ValueError: as in `__call__`.
         """
         names = ["the recording"]
-        words = self._tokenize(check_queries(queries, names), names, truncation)
+        words = self.pad_tokens(self.tokenize_each(check_queries(queries, names), names, truncation))
         return {key: torch.from_numpy(value) if return_tensors == "pt" else value for key, value in words.items()}
 
-    def _tokenize(self, queries: list[list[str]], names: list[str], truncation: bool) -> dict[str, np.ndarray]:
-        """Token ids and mask, each (batch, queries, words) int64."""
+    def tokenize_each(
+        self, queries: list[list[str]], names: Sequence[str], truncation: bool = False
+    ) -> list[list[list[int]]]:
+        """The token ids of each query of each recording; `names` are those of the recordings, for errors as in `__call__`."""
         limit = min(self.tokenizer.model_max_length, _NO_LIMIT)
         encoded = []
         for own, name in zip(queries, names, strict=True):
@@ -109,8 +111,12 @@ class ConvTransformerProcessor(ProcessorMixin):
                         f"{name}: query {index} ({own[index][:60]!r}...) has {len(ids)} tokens, but the text encoder takes at "
                         f"most {limit}. Shorten it, or pass truncation=True."
                     )
+        return encoded
+
+    def pad_tokens(self, encoded: list[list[list[int]]]) -> dict[str, np.ndarray]:
+        """`query_input_ids` and `query_attention_mask`, each (batch, queries, words) int64, of token ids of different numbers."""
         longest = max(len(ids) for own in encoded for ids in own)
-        shape = (len(queries), max(map(len, queries)), longest)
+        shape = (len(encoded), max(map(len, encoded)), longest)
         filler = self.tokenizer.pad_token_id
         ids, mask = np.full(shape, 0 if filler is None else filler, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         for sample, own in enumerate(encoded):
@@ -152,6 +158,8 @@ def check_queries(queries, names: Sequence[str]) -> list[list[str]]:
     """
     if isinstance(queries, str):
         queries = [queries]
+    if not isinstance(queries, Iterable):
+        raise ValueError(f"queries is {queries!r}; expected a text, or a list of texts.")
     queries = list(queries)
     if not queries:
         raise ValueError("No queries given: pass at least one text, such as ['a person lifts the arm'].")

@@ -386,7 +386,7 @@ def test_embeddings_of_points_and_queries():
     torch.testing.assert_close(model.get_text_features(words["query_embeds"][:1, :1, :2])[0, 0], texts[0, 0], **CLOSE)
     cosine = F.cosine_similarity(texts[0, 1], padded.embeds[0, 5], dim=0)
     expected = model.match.scale * cosine + model.match.bias
-    torch.testing.assert_close(model.match_scores(texts, padded.embeds)[0, 1, 5], expected, **CLOSE)
+    torch.testing.assert_close(model.match_scores(texts, padded.embeds)[0, 1, 5], expected[0], **CLOSE)
 
 
 def test_without_a_contrastive_head_there_are_none():
@@ -448,7 +448,7 @@ def test_configs_that_contradict():
         make_config(text_dim=5, text_config=BERT)
     with pytest.raises(ValueError, match="model_type None"):
         make_config(text_config={"hidden_size": 12})
-    with pytest.raises(ValueError, match=r"text_config: .*nonsense"):
+    with pytest.raises(ValueError, match="text_config has model_type 'nonsense'"):
         make_config(text_config={"model_type": "nonsense"})
     for field in ("text_dim", "decoder_dim", "decoder_layers", "projection_dim"):
         with pytest.raises(ValueError, match=f"{field} is 0"):
