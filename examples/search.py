@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -34,7 +35,13 @@ from modeling_convtransformer import (
 )
 from modeling_convtransformer.data import WATCH_LABELS, MomentCollator, MomentDataset, WatchDataset
 from modeling_convtransformer.evaluation import evaluate_moments
-from modeling_convtransformer.retrieval import SegmentIndex, embed_recordings, embed_sentences, search_moments
+from modeling_convtransformer.retrieval import (
+    SegmentIndex,
+    embed_recordings,
+    embed_sentences,
+    fingerprint,
+    search_moments,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,7 +63,7 @@ def find_text_encoder() -> str:
 def train(options) -> tuple[ConvTransformerForMomentRetrieval, ConvTransformerProcessor]:
     settings = yaml.safe_load(options.config.read_text(encoding="utf-8"))
     data, recipe = settings["data"], settings["training"]
-    epochs = options.epochs or recipe["num_train_epochs"]
+    epochs = recipe["num_train_epochs"] if options.epochs is None else options.epochs
     set_seed(recipe["seed"] if options.seed is None else options.seed)
 
     encoder = options.text_encoder or find_text_encoder()
@@ -222,8 +229,14 @@ def build_index(options, model, processor) -> SegmentIndex:
         raise ValueError(f"{options.recordings} holds no .npy file.")
     if (options.index / "index.json").exists():
         index = SegmentIndex.load(options.index)
+        if index.model != fingerprint(model):
+            raise ValueError(f"{options.index} is of another model; give another folder, or delete it.")
+        if options.dtype not in (None, index.dtype):
+            raise ValueError(
+                f"{options.index} holds {index.dtype} embeddings, not {options.dtype}; give another folder."
+            )
     else:
-        index = SegmentIndex(model.config.projection_dim, options.dtype)
+        index = SegmentIndex(model.config.projection_dim, options.dtype or "int8", model=fingerprint(model))
     missing = {name: {options.kind: path} for name, path in files.items() if name not in index}
     saved = time.monotonic()
     for one in embed_recordings(model, processor, missing, options.levels):
@@ -274,13 +287,14 @@ def demo(options):
         for name, own in sessions.ground_truth().items()
     }
     (options.recordings / "truth.json").write_text(json.dumps(truth, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(options.index, ignore_errors=True)  # of an earlier run, whose model is gone
     build_index(options, model, processor)
     moments = ask(options, model, processor)
     print(f"\n{options.queries[0]}\n{json.dumps(moments, indent=2)}\n")
     for moment in moments:
-        inside = [one for one in truth[moment["recording"]] if one["segment"][0] < moment["end"]]
         nearest = max(
-            inside, key=lambda one: min(one["segment"][1], moment["end"]) - max(one["segment"][0], moment["start"])
+            truth[moment["recording"]],
+            key=lambda one: min(one["segment"][1], moment["end"]) - max(one["segment"][0], moment["start"]),
         )
         start, end = nearest["segment"]
         print(
@@ -304,7 +318,7 @@ def main():
     store = argparse.ArgumentParser(add_help=False)
     store.add_argument("--kind", choices=("signal", "features"), default="signal", help="what the files hold")
     store.add_argument(
-        "--dtype", choices=("float32", "int8"), default="int8", help="of the embeddings (default: int8)"
+        "--dtype", choices=("float32", "int8"), help="of the embeddings (default: the index's, or int8)"
     )
     store.add_argument("--levels", type=int, nargs="+", help="of the pyramid to index, 0 the finest (default: all)")
     find = argparse.ArgumentParser(add_help=False)

@@ -1571,7 +1571,7 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
         }
         text_config = AutoConfig.from_pretrained(text_model, **hub).get_text_config()
         kwargs = {"dtype": torch.get_default_dtype(), **kwargs}
-        encoder = text_model_class(text_config).from_pretrained(text_model, **kwargs)
+        encoder = text_model_class(text_config).from_pretrained(text_model, config=text_config, **kwargs)
         fields = {**config.to_dict(), "text_config": encoder.config.to_dict(), "text_dim": None}
         config = type(config).from_dict(fields, attn_implementation=config._attn_implementation)
         if config._attn_implementation is not None:

@@ -1,6 +1,6 @@
 """Search over many recordings: embed each once; then a sentence leads to recordings, and to the moments inside them.
 
-    index = SegmentIndex(model.config.projection_dim, dtype="int8")
+    index = SegmentIndex(model.config.projection_dim, dtype="int8", model=fingerprint(model))
     for recording in embed_recordings(model, processor, {"monday": "monday.npy", "tuesday": "tuesday.npy"}):
         index.add(**recording)
     index.save("index")
@@ -16,11 +16,13 @@ The search is exact. faiss (Johnson et al., "Billion-scale similarity search wit
 does it where it is installed, PyTorch elsewhere, with the same results.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-__all__ = ["SegmentIndex", "embed_recordings", "embed_sentences", "search_moments"]
+__all__ = ["SegmentIndex", "embed_recordings", "embed_sentences", "fingerprint", "search_moments"]
 
 # An int8 embedding is round(127 * x) of a unit vector x, for all vectors alike, so that adding more never changes the ones
 # that are there. Rounding moves a cosine by 1 / (127 * sqrt(12)) = 0.0023 (standard deviation), however wide the vectors.
@@ -51,6 +53,7 @@ class SegmentIndex:
         dim: width of the embeddings (`projection_dim` of the model).
         dtype: "float32", or "int8", a quarter of the memory (see docs/retrieval.md for what it costs).
         backend: "faiss", "torch", or None: faiss where it is installed. Both find the same; a saved index opens with either.
+        model: what tells the model that makes the embeddings from others (`fingerprint`): `search_moments` then refuses others.
 
     Attributes:
         recordings: the ids, in the order in which they were added.
@@ -61,7 +64,7 @@ class SegmentIndex:
         ValueError: a dim that is no positive integer, an unknown dtype or backend.
     """
 
-    def __init__(self, dim: int, dtype: str = "float32", backend: str | None = None) -> None:
+    def __init__(self, dim: int, dtype: str = "float32", backend: str | None = None, model: str | None = None) -> None:
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
             raise ValueError(
                 f"dim is {dim!r}; expected the width of the embeddings, a positive integer. A model has them if its config "
@@ -73,7 +76,7 @@ class SegmentIndex:
             backend = "faiss" if importlib.util.find_spec("faiss") else "torch"
         if backend not in _BACKENDS:
             raise ValueError(f"backend is {backend!r}; expected {' or '.join(map(repr, _BACKENDS))}, or None.")
-        self.dim, self.dtype, self.backend = dim, dtype, backend
+        self.dim, self.dtype, self.backend, self.model = dim, dtype, backend, model
         self._vectors = _BACKENDS[backend](dim, dtype)
         self._metadata: dict[str, dict] = {}  # by recording, in the order of the rows
         self._segments: dict[str, np.ndarray] = {}
@@ -223,6 +226,7 @@ class SegmentIndex:
             "format": _FORMAT,
             "dim": self.dim,
             "dtype": self.dtype,
+            "model": self.model,
             "vectors": vectors.name,
             "recordings": [
                 {"id": recording, "segments": len(self._segments[recording]), "metadata": self._metadata[recording]}
@@ -257,7 +261,7 @@ class SegmentIndex:
             table = json.loads((folder / _TABLE).read_text(encoding="utf-8"))
             if table["format"] != _FORMAT:
                 raise ValueError(f"format {table['format']!r}, this version reads {_FORMAT}; build the index again")
-            index = cls(table["dim"], table["dtype"], backend)
+            index = cls(table["dim"], table["dtype"], backend, table.get("model"))
             arrays = load_file(folder / Path(table["vectors"]).name)
             codes, segments = arrays["vectors"], arrays["segments"]
             counts = [entry["segments"] for entry in table["recordings"]]
@@ -408,6 +412,25 @@ def _unit_vectors(embeds: torch.Tensor | np.ndarray, dim: int, name: str) -> np.
 # --- With a model -----------------------------------------------------------------------------------------------------
 
 
+def fingerprint(model) -> str:
+    """A check sum of the weights that embed points and queries: two models with the same one have the same embeddings, if what
+    comes before these weights is the same."""
+    parts = (model.segment_projection, model.text_projection)
+    weights = [tensor.detach().float().cpu().numpy() for part in parts for tensor in part.state_dict().values()]
+    return hashlib.sha256(b"".join(one.tobytes() for one in weights)).hexdigest()[:16]
+
+
+@contextmanager
+def _evaluating(model):
+    """In evaluation mode, and afterwards in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.inference_mode()
 def embed_sentences(model, processor, sentences: Sequence[str], batch_size: int = 32) -> dict[str, torch.Tensor]:
     """
@@ -415,17 +438,23 @@ def embed_sentences(model, processor, sentences: Sequence[str], batch_size: int 
     a frozen encoder says the same at each step of training.
 
     Raises:
-        ValueError: no sentence, an empty one, or one longer than the text encoder takes.
+        ValueError: no sentence, an empty one, or one longer than the text encoder takes; a text encoder that learns, so that
+            what it says now is not what it says later.
     """
-    model.eval()
+    if any(parameter.requires_grad for parameter in model.text_encoder.parameters()):
+        raise ValueError(
+            "The text encoder of this model learns (freeze_text_encoder=False, or an adapter): give it the sentences at each "
+            "step, which is what MomentCollator does without text_embeds."
+        )
     sentences, embeds = [*dict.fromkeys(sentences)], {}
     tokens = processor.tokenize(sentences)
-    for first in range(0, len(sentences), batch_size):
-        some = {key: value[:, first : first + batch_size].to(model.device) for key, value in tokens.items()}
-        words, _ = model.encode_queries(**some)
-        counts = some["query_attention_mask"][0].sum(-1).tolist()
-        for sentence, one, count in zip(sentences[first:], words[0].cpu(), counts, strict=False):
-            embeds[sentence] = one[:count].clone()
+    with _evaluating(model):
+        for first in range(0, len(sentences), batch_size):
+            some = {key: value[:, first : first + batch_size].to(model.device) for key, value in tokens.items()}
+            words, _ = model.encode_queries(**some)
+            counts = some["query_attention_mask"][0].sum(-1).tolist()
+            for sentence, one, count in zip(sentences[first:], words[0].cpu(), counts, strict=False):
+                embeds[sentence] = one[:count].clone()
     return embeds
 
 
@@ -455,10 +484,9 @@ def embed_recordings(
     if not levels or not {*levels} <= {*range(count)}:
         raise ValueError(f"levels are {levels}; expected some of {[*range(count)]}, 0 the finest.")
     extractor, strides = processor.feature_extractor, torch.tensor(model.config.detector_strides)
-    model.eval()
     for recording, sample in _progress(recordings.items(), "embed recordings", show_progress):
         features, geometry = extractor.load(sample, name=recording)
-        with torch.inference_mode():
+        with torch.inference_mode(), _evaluating(model):
             outputs = model.get_segment_features(torch.from_numpy(features)[None].to(model.device))
         level = outputs.point_levels[0].cpu()
         stride = strides[level]
@@ -505,12 +533,16 @@ def search_moments(
 
     Raises:
         KeyError: recordings lack one that is in the index.
-        ValueError: no query, an empty or too long one; an index of another width; a recording that cannot be used.
+        ValueError: no query, an empty or too long one; an index of another model; a recording that cannot be used.
     """
     queries = [queries] if isinstance(queries, str) else list(queries)
+    if index.dim != model.config.projection_dim or index.model not in (None, fingerprint(model)):
+        raise ValueError(
+            f"The index ({index.dim} wide) is not of this model (projection_dim {model.config.projection_dim}, or other "
+            "weights). Search with the model that made it, or embed the recordings anew."
+        )
     tokens = {key: value.to(model.device) for key, value in processor.tokenize(queries).items()}
-    model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), _evaluating(model):
         words, _ = model.encode_queries(**tokens)
         text = {"query_embeds": words, "query_attention_mask": tokens["query_attention_mask"]}
         hits = index.search(model.get_text_features(**text)[0], top_recordings)
@@ -525,7 +557,7 @@ def search_moments(
             raise KeyError(f"The index has the recording {recording!r}, but recordings do not; give what was indexed.")
         sample = recordings(recording) if callable(recordings) else recordings[recording]
         features, geometry = processor.feature_extractor.load(sample, name=recording)
-        with torch.inference_mode():
+        with torch.inference_mode(), _evaluating(model):
             own = {key: value[:, numbers] for key, value in text.items()}
             outputs = model(torch.from_numpy(features)[None].to(model.device), **own)
         found = processor.post_process_moment_retrieval(outputs, geometry, threshold, top_moments, **settings)[0]

@@ -500,8 +500,8 @@ def check_model(model):
     """
     if type(model).__name__ != "ConvTransformerForTemporalActionLocalization":  # (remote code has classes of its own)
         raise ValueError(
-            f"The model is a {type(model).__name__}; expected a ConvTransformerForTemporalActionLocalization. Of a PEFT model, "
-            "pass model.merge_and_unload()."
+            f"The model is a {type(model).__name__}; expected a ConvTransformerForTemporalActionLocalization. (Moment retrieval "
+            "cannot be streamed. Of a PEFT model, pass model.merge_and_unload().)"
         )
     config = model.config
     if not config.is_causal:

@@ -578,6 +578,8 @@ def test_a_worked_example_of_moments():
         "a": {"segments": [[40.0, 50.0], [0.0, 8.0]], "scores": [0.9, 0.8]},
         "b": {"segments": torch.tensor([[20.0, 26.0]]), "scores": torch.tensor([0.1])},
     }
+    rows = [{"query": "a", "start": 40.0, "end": 50.0, "score": 0.9}, {"start": 0.0, "end": 8.0, "score": 0.8}]
+    assert evaluate_moments({**found, "a": rows}, truth).to_dict() == evaluate_moments(found, truth).to_dict()
     metrics = evaluate_moments(found, truth)
     assert metrics.recall.tolist() == [[0.5, 0.5, 0.0], [1.0, 1.0, 0.5]]
     assert metrics.mean_tiou == pytest.approx(0.3)
@@ -603,6 +605,9 @@ def test_a_worked_example_of_moments():
         ({}, {"a": []}, {}, "None of the 1 queries"),
         ({"b": {"segments": [], "scores": []}}, {"a": [[0, 1]]}, {}, "lacks, such as 'b'"),
         ({"a": {"segments": [[0, 1]], "scores": []}}, {"a": [[0, 1]]}, {}, "'a'.*do not fit"),
+        ({"a": {"segments": [[0, 1]]}}, {"a": [[0, 1]]}, {}, r"predictions\['a'\] must be .*'scores'"),
+        ({"a": [{"start": 1}]}, {"a": [[0, 1]]}, {}, "start, end and score"),
+        ({"a": 3}, {"a": [[0, 1]]}, {}, r"predictions\['a'\] must be"),
         ({"a": {"segments": [[3, 1]], "scores": [1]}}, {"a": [[0, 1]]}, {}, "'a'.*end >= start"),
         ({}, {"a": [[0, np.nan]]}, {}, r"ground_truth\['a'\].*finite"),
         ({}, {"a": [[0, 1]]}, {"top_k": 0}, "top_k"),

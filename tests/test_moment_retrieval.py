@@ -10,7 +10,15 @@ import pytest
 import torch
 from test_modeling_convtransformer import CLOSE, make_config, randomize
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, BertConfig, BertModel, T5Config
+from transformers import (
+    AutoConfig,
+    AutoModelForZeroShotObjectDetection,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    T5Config,
+)
 
 from modeling_convtransformer import (
     ConvTransformerConfig,
@@ -210,6 +218,36 @@ def test_all_parts_learn(projection_dim):
             assert parameter.grad.abs().sum() > 0, name
 
 
+def test_labels_go_to_queries_wherever_padding_is():
+    model = make()
+    inputs = batch_of(model)
+    inputs["query_attention_mask"][-1] = torch.tensor([[0] * 4, [1] * 4, [1] * 4])
+    answer, nothing = {"segments": [[2.5, 8.0]]}, {"segments": []}
+    own, every = ([ANSWERS[0], [answer, nothing]], [ANSWERS[0], [nothing, answer, nothing]])
+    losses = [run(model, **inputs, labels=labels).loss for labels in (own, every)]
+    assert losses[0] == losses[1]
+    assert losses[0] != run(model, **inputs, labels=[ANSWERS[0], [nothing, answer]]).loss
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_batch_norm_does_not_count_queries_that_are_padding(layers):
+    fields = {"use_batch_norm": True, "use_rms_norm": False, "decoder_layers": layers, "path_pdrop": 0}
+    inputs = batch_of(make(), batch=1, queries=1)
+    more = {**inputs, "query_embeds": torch.cat((inputs["query_embeds"], torch.randn(1, 3, 4, 5)), dim=1)}
+    inputs["query_attention_mask"][:] = 1
+    more["query_attention_mask"] = torch.cat(
+        (inputs["query_attention_mask"], torch.zeros(1, 3, 4, dtype=torch.long)), 1
+    )
+    buffers = []
+    for one in (inputs, more):
+        model = make(**fields).train()
+        output = model(**one)
+        buffers.append({name: value for name, value in model.named_buffers() if "running" in name})
+        buffers[-1]["logits"] = output.logits[:, :1].detach()
+    for name, value in buffers[0].items():
+        torch.testing.assert_close(buffers[1][name], value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.slow
 def test_it_learns_what_words_mean():
     """Two kinds of bumps, two words: after a short training each word finds its own bump in new recordings."""
@@ -344,6 +382,63 @@ def test_a_text_encoder_that_learns(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = Retrieval.from_pretrained(tmp_path)
     assert next(loaded.text_encoder.parameters()).requires_grad
+
+
+def test_what_learns_in_a_text_encoder_is_asked_of_its_parameters():
+    """Thawed by hand, or by an adapter; what nothing reads never learns, or DDP would wait for it."""
+    model = make(text_config=BERT)
+    layer = model.text_encoder.encoder.layer[-1]
+    layer.requires_grad_(True)
+    assert model.train().text_encoder.training
+    model(**batch_of(model), labels=ANSWERS).loss.backward()
+    assert layer.output.dense.weight.grad.abs().sum() > 0
+    whole = make(text_config=BERT, freeze_text_encoder=False).train()
+    whole(**batch_of(whole), labels=ANSWERS).loss.backward()
+    assert [name for name, one in whole.named_parameters() if one.requires_grad and one.grad is None] == []
+
+
+def test_a_text_encoder_in_another_dtype_or_of_two_modalities(tmp_path):
+    BertModel(
+        BertConfig(**{name: value for name, value in BERT.items() if name != "model_type"})
+    ).half().save_pretrained(tmp_path / "half")
+    model = Retrieval.from_text_pretrained(tmp_path / "half", make_config(implementation="eager"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.text_encoder.config._attn_implementation == "eager"
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "vocab_size": 30, "max_position_embeddings": 10}
+    clip = CLIPConfig(text_config=text, vision_config={**small, "image_size": 8, "patch_size": 4}, projection_dim=4)
+    CLIPModel(clip).save_pretrained(tmp_path / "clip")
+    assert Retrieval.from_text_pretrained(tmp_path / "clip", make_config()).config.text_width == 8
+    with pytest.raises(ValueError, match=r"type 'clip', which has no hidden_size.*get_text_config"):
+        make_config(text_config=clip)
+
+
+def test_positions_that_begin_later():
+    """RoBERTa's table has two more places than tokens may be."""
+    config = {**BERT, "model_type": "roberta", "pad_token_id": 1}
+    model = make(text_config=config)
+    features = torch.randn(1, 9, 6)
+    run(model, input_features=features, query_input_ids=torch.full((1, 1, 8), 5))
+    with pytest.raises(ValueError, match="has 9 tokens, but the text encoder takes at most 8"):
+        run(model, input_features=features, query_input_ids=torch.full((1, 1, 9), 5))
+
+
+def test_another_text_encoder_at_load(tmp_path):
+    make(text_config=BERT).save_pretrained(tmp_path)
+    other = ConvTransformerConfig.from_pretrained(tmp_path, text_config={**BERT, "hidden_size": 16})
+    assert other.text_config.hidden_size == other.text_width == 16
+
+
+@pytest.mark.slow
+def test_one_graph_serves_any_number_of_queries():
+    model = make(arch=(1, 1, 1), head_num_layers=1)
+    inputs = batch_of(model, length=40)
+    dynamic = dict.fromkeys(range(2), torch.export.Dim.AUTO)
+    shapes = {name: {**dynamic, 2: torch.export.Dim.AUTO} if "query" in name else dynamic for name in inputs}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()
+    for batch, length, queries, words in ((2, 40, 3, 4), (3, 33, 2, 5), (2, 25, 6, 3)):
+        inputs = batch_of(model, batch, length, queries, words)
+        torch.testing.assert_close(program(**inputs).logits, run(model, **inputs).logits, **CLOSE)
 
 
 def test_a_detector_is_a_start(tmp_path):

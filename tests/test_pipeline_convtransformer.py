@@ -482,6 +482,29 @@ def test_moments_of_batches_equal_one_by_one():
             np.testing.assert_allclose(*numbers, **CLOSE)
 
 
+def test_recordings_with_queries_of_their_own():
+    """Of different numbers, with different numbers of words."""
+    find = make_finder()
+    recordings = [
+        {"features": make_features(50), "queries": ["lift"]},
+        {"features": make_features(40, seed=1), "queries": ["turn the arm outward", "lean"]},
+        {"features": make_features(30, seed=2), "queries": "the arm"},
+    ]
+    alone = [find(one, top_k=3) for one in recordings]
+    assert [[moment["query"] for moment in own] for own in alone[1]] == [["turn the arm outward"] * 3, ["lean"] * 3]
+    for batch_size in (2, 3):
+        batched = find(recordings, top_k=3, batch_size=batch_size)
+        for found, expected in zip(batched, alone, strict=True):
+            flat = [
+                [moment for own in side for moment in (own if isinstance(own, list) else [own])]
+                for side in (found, expected)
+            ]
+            assert [moment["query"] for moment in flat[0]] == [moment["query"] for moment in flat[1]]
+            numbers = [[[m["score"], m["start"], m["end"]] for m in side] for side in flat]
+            np.testing.assert_allclose(*numbers, **CLOSE)
+    assert find(recordings[0]["features"], (query for query in QUERIES), top_k=1)[1][0]["query"] == QUERIES[1]
+
+
 def test_a_saved_finder(tmp_path):
     find, features = make_finder(), make_features(50)
     find.model.save_pretrained(tmp_path)
@@ -498,6 +521,8 @@ def test_a_saved_finder(tmp_path):
         (None, "No queries given: pass a text"),
         ("", "query 0 is ''"),
         (["lift", " "], "query 1 is ' '"),
+        ([["lift", "lean"]], "is a list of lists; .*pass dicts"),
+        (5, "queries is 5; expected a text"),
         (["lift " * 20], "20 tokens, but the text encoder takes at most 12"),
     ],
 )

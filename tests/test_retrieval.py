@@ -19,7 +19,13 @@ from modeling_convtransformer import (
     ConvTransformerProcessor,
 )
 from modeling_convtransformer.data import MomentCollator, MomentDataset
-from modeling_convtransformer.retrieval import SegmentIndex, embed_recordings, embed_sentences, search_moments
+from modeling_convtransformer.retrieval import (
+    SegmentIndex,
+    embed_recordings,
+    embed_sentences,
+    fingerprint,
+    search_moments,
+)
 
 DIM = 12
 
@@ -478,8 +484,15 @@ def test_searches_that_cannot_be_done_are_named(model, processor, recordings):
     ):
         with pytest.raises(ValueError, match=message):
             search_moments(queries, index, model, processor, recordings)
-    with pytest.raises(ValueError, match=r"text_embeds have shape \(1, 8\); expected \(N, 12\)"):
-        search_moments("lift", SegmentIndex(12), model, processor, recordings)
+    for other in (SegmentIndex(12), SegmentIndex(8, model="0123456789abcdef")):
+        with pytest.raises(ValueError, match=r"The index \(\d+ wide\) is not of this model \(projection_dim 8"):
+            search_moments("lift", other, model, processor, recordings)
+    own = SegmentIndex(8, model=fingerprint(model))
+    assert search_moments("lift", own, model, processor, recordings) == []
+    changed = make_model()
+    assert fingerprint(changed) == own.model
+    changed.text_projection.up_proj.bias.data.add_(1)
+    assert fingerprint(changed) != own.model
     with pytest.raises(KeyError, match="The index has the recording 'r"):
         search_moments("lift", index, model, processor, {})
     with pytest.raises(ValueError, match="query_embeds is 5 wide"):
@@ -513,3 +526,14 @@ def test_the_packaged_text_encoder():
     assert cosines[0, 2] < 0.3
     with pytest.raises(ValueError, match="takes at most 512"):
         processor.tokenize(["arm " * 600])
+
+
+def test_a_model_that_is_training_goes_on_training(processor, recordings):
+    model = make_model().train()
+    embeds = embed_sentences(model, processor, ["lift"])
+    list(embed_recordings(model, processor, recordings, show_progress=False))
+    assert model.training
+    assert torch.equal(embeds["lift"], embed_sentences(model.eval(), processor, ["lift"])["lift"])
+    next(model.text_encoder.parameters()).requires_grad_(True)
+    with pytest.raises(ValueError, match="The text encoder of this model learns"):
+        embed_sentences(model, processor, ["lift"])
