@@ -67,6 +67,7 @@ bench latency_compiled 120 latency --length "$LENGTH" --variants balanced --dtyp
     --compile off default reduce-overhead
 step cuda_tests 60 "$PYTHON" -c "import harness, pytest, sys; sys.exit(pytest.main(sys.argv[1:]))" \
     tests -m cuda -q -p no:cacheprovider
+step queries 30 "$PYTHON" benchmarks/queries.py --device "$DEVICE" --length "$THUMOS" --json "$OUT/queries.json"
 bench scaling 120 scaling --dtype bfloat16 --windows 19 0 --repeats 3 \
     --lengths "$LENGTH" "$((8 * LENGTH))" "$((128 * LENGTH))" \
     --global-max-length "$((8 * LENGTH))" --v1-max-length "$((8 * LENGTH))"
