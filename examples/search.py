@@ -350,6 +350,8 @@ def main():
             options.recordings = options.output / "recordings"
             demo(options)
         else:
+            if not options.model.is_dir():
+                raise ValueError(f"there is no folder {options.model}; `train` or `demo` writes a model.")
             model = ConvTransformerForMomentRetrieval.from_pretrained(options.model).eval()
             processor = AutoProcessor.from_pretrained(options.model)
             if options.command == "index":
