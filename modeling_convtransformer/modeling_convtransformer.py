@@ -1370,8 +1370,14 @@ class MatchScale(nn.Module):
         self.scale = nn.Parameter(torch.full((1,), self.scale_init))
         self.bias = nn.Parameter(torch.full((1,), self.bias_init))
 
-    def forward(self, cosine: torch.Tensor) -> torch.Tensor:
-        return cosine.float() * self.scale.float() + self.bias.float()
+    def forward(
+        self, text_embeds: torch.Tensor, segment_embeds: torch.Tensor, logits: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(..., queries, width) and (..., points, width) to (..., queries, points), float32; or `logits` plus this, in their
+        dtype. (In here, because the model may be spread over devices.)"""
+        cosine = text_embeds.float() @ segment_embeds.float().transpose(-1, -2)
+        matches = cosine * self.scale.float() + self.bias.float()
+        return matches if logits is None else logits + matches.to(logits.dtype)
 
 
 class ConvTransformerDecoder(nn.Module):
@@ -1639,8 +1645,8 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
         logits, offsets = self.decoder(features, valids, text.to(features[0].dtype), text_valid, lengths)
         # The decoder adds to how alike point and query are. Alone, it learns where something happens long before it learns to
         # read: what a query says enters it through branches that start near zero, and multiplies nothing.
-        matches = self.match_scores(self._embed_text(text, text_valid), self._embed_points(features))
-        logits = logits + matches.to(logits.dtype)
+        embeds = self._embed_text(text, text_valid), self._embed_points(features)
+        logits = self.match(*embeds, logits)
 
         point_mask = self._mask_points(features, valids)
         points, strides, levels = self._make_points([x.shape[1] for x in features], offsets.device)
@@ -1650,7 +1656,7 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
 
         loss = loss_dict = None
         if labels is not None:
-            is_contrastive = self.config.projection_dim is not None
+            matches = None if self.config.projection_dim is None else self.match(*embeds).flatten(0, 1)[..., None]
             loss, loss_dict = self.criterion(
                 logits.flatten(0, 1)[..., None],
                 offsets.flatten(0, 1),
@@ -1660,7 +1666,7 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
                 self._make_ranges(levels),
                 _labels_of_queries(labels, query_mask),
                 num_items_in_batch,
-                matches.flatten(0, 1)[..., None] if is_contrastive else None,
+                matches,
             )
         return ConvTransformerMomentRetrievalOutput(
             loss=loss,
@@ -1788,7 +1794,7 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
         Returns:
             (..., queries, points).
         """
-        return self.match(text_embeds.float() @ segment_embeds.float().transpose(-1, -2))
+        return self.match(text_embeds, segment_embeds)
 
     def _check_match(self):
         if self.config.projection_dim is None:
@@ -1805,7 +1811,7 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
         return self.neck(outputs.feature_maps[start:], paddings), valids
 
     def _embed_points(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.segment_projection(torch.cat(list(features), dim=1))
+        return torch.cat([self.segment_projection(x) for x in features], dim=1)
 
     def _embed_text(self, text: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         text = text.to(self.text_projection.up_proj.weight.dtype)
