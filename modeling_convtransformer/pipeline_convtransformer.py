@@ -1,7 +1,7 @@
 """The pipelines "temporal-action-localization" and "moment-retrieval": recordings in, segments in seconds out."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -347,8 +347,9 @@ def _as_texts(queries) -> list[str]:
     Raises:
         ValueError: none, empty ones, or something else.
     """
+    queries = list(queries) if isinstance(queries, Iterable) else queries
     (texts,) = check_queries(queries, ["the recording"])
-    if not all(isinstance(one, str) for one in queries if isinstance(queries, list | tuple)):
+    if not isinstance(queries[0], str):
         raise ValueError(
             "queries is a list of lists; expected a text, or a list of texts, which are asked of every recording. To ask "
             'each its own, pass dicts: {"features": ..., "queries": [...]}.'
