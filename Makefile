@@ -16,8 +16,8 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test $(VENV)/.oldest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
-	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(WITH_OLDEST)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(WITH_OLDEST)
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/latency.py
