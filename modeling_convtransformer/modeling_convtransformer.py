@@ -1581,7 +1581,7 @@ class ConvTransformerForMomentRetrieval(PointsMixin, ConvTransformerPreTrainedMo
         fields = {**config.to_dict(), "text_config": encoder.config.to_dict(), "text_dim": None}
         config = type(config).from_dict(fields, attn_implementation=config._attn_implementation)
         if config._attn_implementation is not None:
-            config._attn_implementation = config._attn_implementation  # of both models
+            config._attn_implementation = config._attn_implementation  # its setter hands it on to text_config
         model = cls(config)
         missing, unexpected = model.text_encoder.load_state_dict(encoder.state_dict(), strict=False)
         if lost := [name for name in [*missing, *unexpected] if not name.startswith("pooler.")]:  # which is not read
