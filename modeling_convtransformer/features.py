@@ -1,0 +1,594 @@
+"""From a recording file to features: video and sound through an encoder of transformers, sensors in windows.
+
+    encoder = load_encoder("MCG-NJU/videomae-base", device="cuda")
+    sample = extract_features("match.mp4", encoder, feature_stride=8, cache="features/match.safetensors")
+    sample["features"]                        # (time, channels) float32
+    pipeline("temporal-action-localization", model=...)(sample)
+
+A feature covers `num_frames` ticks of a regular clock of `fps` ticks a second (frames, or samples of sound), and there is one
+each `feature_stride` ticks, as everywhere in this package: feature t covers the seconds from `t * feature_stride / fps` to
+`(t * feature_stride + num_frames) / fps`. The clock is the recording's own rate, or one that you give; at each tick the frame is
+taken that a player would show then. Memory does not grow with the recording but for the features themselves.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch.nn.functional import interpolate
+from transformers import AutoFeatureExtractor, AutoModel
+from transformers.audio_utils import mel_filter_bank
+from transformers.utils import cached_file, logging
+
+from .feature_extraction_convtransformer import window_features
+from .recordings import SIGNAL_SUFFIXES, AudioFile, VideoFile, read_signal
+
+logger = logging.get_logger(__name__)
+
+__all__ = ["AudioEncoder", "LogMel", "VideoEncoder", "extract_features", "load_encoder", "read_features"]
+
+POOLINGS = ("mean", "cls", "pooler")
+LOG_MEL = "log-mel"
+# Frames that are decoded and resized at once: what bounds the memory of full-size frames.
+_FRAMES_AT_ONCE = 16
+# Settings of an image or video processor of transformers where its file leaves them out.
+_RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders: windows of a recording in, one feature each out
+
+
+def load_encoder(
+    name: str | os.PathLike,
+    revision: str | None = None,
+    pooling: str = "mean",
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = torch.float32,
+) -> "VideoEncoder | AudioEncoder | LogMel":
+    """
+    A frozen encoder of transformers, by the name of its repository or its folder.
+
+    Args:
+        name: a video encoder (VideoMAE, V-JEPA 2, TimeSformer, ViViT, ...), an image encoder (DINOv2, CLIP's vision model,
+            ...), which sees the middle frame of each window, an audio encoder (wav2vec 2.0, HuBERT, AST, Whisper, ...), or
+            `"log-mel"`, which needs no weights.
+        revision: of the repository: a branch, a tag, or a commit.
+        pooling: `"mean"` of all tokens of a window, `"cls"`, the first one, or `"pooler"`, the model's `pooler_output`.
+        device, dtype: of the encoder; features are float32.
+
+    Raises:
+        ValueError: not an encoder of video, images or sound, no processor settings, weights that do not fit, unknown pooling.
+        OSError: there is no such model (of transformers; its message says what to do).
+    """
+    name = os.fspath(name)
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}.")
+    if name == LOG_MEL:
+        return LogMel()
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}; expected such as 'float32' or 'bfloat16'.")
+    model, info = AutoModel.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True)
+    # Models of two kinds of input: the half that sees or hears.
+    if getattr(model.config, "is_encoder_decoder", False):
+        model = model.get_encoder()
+    model = getattr(model, "vision_model", model)
+    missing = [key for key in info["missing_keys"] if pooling == "pooler" or "pooler" not in key]
+    if missing:
+        raise ValueError(
+            f"{name}: its weights lack {len(missing)} tensors of {type(model).__name__}, such as {missing[0]!r}, so that features "
+            "would be random. Choose a checkpoint of this model."
+        )
+    kinds = {"pixel_values": VideoEncoder, "pixel_values_videos": VideoEncoder}
+    kinds |= {"input_values": AudioEncoder, "input_features": AudioEncoder}
+    if model.main_input_name not in kinds:
+        raise ValueError(
+            f"{name} is a {type(model).__name__}, which takes {model.main_input_name}; expected an encoder of video, images or "
+            "sound."
+        )
+    return kinds[model.main_input_name](model.to(device).eval().requires_grad_(False), name, revision, pooling)
+
+
+class _Encoder:
+    """
+    What encoders share.
+
+    Attributes:
+        num_frames, feature_stride: ticks of the clock that a feature covers, and from one to the next, by default.
+        fps: ticks a second that the encoder needs; None: any.
+        ticks: which ticks of a window it looks at, None for all.
+        batch_size: windows at once, by default.
+    """
+
+    fps: float | None = None
+    batch_size = 8
+
+    def __init__(self, model, name: str, revision: str | None, pooling: str):
+        self.model, self.name, self.pooling = model, name, pooling
+        self.revision = getattr(model.config, "_commit_hash", None) or revision
+        self.fingerprint = _fingerprint_weights(model)
+
+    def describe(self) -> dict[str, str]:
+        """What features depend on, beside the recording and its windows."""
+        described = {"encoder": self.name, "encoder_revision": self.revision, "encoder_weights": self.fingerprint}
+        described |= {"pooling": self.pooling, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        return {key: value for key, value in described.items() if value}
+
+    def _pool(self, outputs) -> torch.Tensor:
+        """(windows, channels) of a model's outputs."""
+        if self.pooling == "pooler":
+            pooled = getattr(outputs, "pooler_output", None)
+            if pooled is None:
+                raise ValueError(f"{self.name} has no pooler_output; expected pooling 'mean' or 'cls'.")
+            return pooled
+        tokens = outputs.last_hidden_state
+        return tokens[:, 0] if self.pooling == "cls" else tokens.flatten(1, -2).mean(dim=1)
+
+
+class VideoEncoder(_Encoder):
+    """
+    A video or image encoder of transformers (`load_encoder` makes one). Frames are resized, cropped and normalised as the
+    checkpoint's processor settings say, each once, however many windows it is in.
+    """
+
+    kind = "video"
+
+    def __init__(self, model, name: str, revision: str | None = None, pooling: str = "mean"):
+        super().__init__(model, name, revision, pooling)
+        config = model.config
+        self.is_image_encoder = not (hasattr(config, "num_frames") or hasattr(config, "frames_per_clip"))
+        #: frames that the model takes
+        self.frames_per_clip = (
+            1 if self.is_image_encoder else int(getattr(config, "num_frames", None) or config.frames_per_clip)
+        )
+        self.num_frames = self.frames_per_clip
+        self.feature_stride = 8 if self.is_image_encoder else max(self.num_frames // 2, 1)
+        self._settings = _read_processor(name, revision)
+        # V-JEPA 2 would also predict what it cannot see.
+        self._arguments = {"skip_predictor": True} if config.model_type == "vjepa2" else {}
+
+    def ticks(self, num_frames: int) -> np.ndarray:
+        """Which of a window's ticks the model sees: in the middle of equal parts."""
+        return ((np.arange(self.frames_per_clip) + 0.5) * num_frames / self.frames_per_clip).astype(np.int64)
+
+    def prepare(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames (n, 3, height, width) uint8 as the model takes them, (n, 3, h, w) in its dtype and on its device."""
+        settings, frames = self._settings, frames.to(self.model.device)
+        if settings["do_resize"]:
+            size, mode = _resized(frames.shape[-2:], settings["size"]), settings["resample"]
+            antialias = {"antialias": True} if mode != "nearest-exact" else {}
+            if frames.device.type != "cpu":  # only there bytes can be interpolated, as Pillow does it
+                frames = frames.float()
+            frames = interpolate(frames, size=size, mode=mode, **antialias)
+            if frames.is_floating_point():
+                frames = frames.round().clamp(0, 255)
+        if settings["do_center_crop"]:
+            frames = _crop(frames, settings["crop_size"])
+        frames = frames.float()
+        if settings["do_rescale"]:
+            frames = frames * settings["rescale_factor"] - settings["offset"]
+        if settings["do_normalize"]:
+            mean, std = (
+                torch.tensor(settings[key], device=frames.device)[:, None, None] for key in ("image_mean", "image_std")
+            )
+            frames = (frames - mean) / std
+        return frames.to(self.model.dtype)
+
+    @torch.inference_mode()
+    def encode(self, windows: torch.Tensor) -> torch.Tensor:
+        """Windows of prepared frames (windows, frames, 3, h, w) to features (windows, channels) float32."""
+        if self.is_image_encoder:
+            windows = windows[:, 0]
+        return self._pool(self.model(**{self.model.main_input_name: windows}, **self._arguments)).float()
+
+    def open(self, path: str | os.PathLike, fps: float | None) -> "_VideoTicks":
+        return _VideoTicks(path, fps, self)
+
+
+class AudioEncoder(_Encoder):
+    """An audio encoder of transformers (`load_encoder` makes one): windows of a second, one each half second, by default."""
+
+    kind = "audio"
+
+    def __init__(self, model, name: str, revision: str | None = None, pooling: str = "mean"):
+        super().__init__(model, name, revision, pooling)
+        self._processor = AutoFeatureExtractor.from_pretrained(name, revision=revision)
+        self.fps = self._processor.sampling_rate
+        self.num_frames, self.feature_stride = self.fps, self.fps // 2
+
+    def ticks(self, num_frames: int) -> np.ndarray:
+        return np.arange(num_frames)
+
+    @torch.inference_mode()
+    def encode(self, windows: torch.Tensor) -> torch.Tensor:
+        """Windows of sound (windows, samples) to features (windows, channels) float32."""
+        inputs = self._processor([one.numpy() for one in windows], sampling_rate=self.fps, return_tensors="pt")
+        name = self.model.main_input_name
+        outputs = self.model(**{name: inputs[name].to(self.model.device, self.model.dtype)})
+        whole = getattr(self._processor, "n_samples", None)  # Whisper hears 30 s, mostly silence here
+        if whole and self.pooling == "mean":
+            heard = math.ceil(outputs.last_hidden_state.shape[1] * windows.shape[1] / whole)
+            return outputs.last_hidden_state[:, :heard].mean(dim=1).float()
+        return self._pool(outputs).float()
+
+    def open(self, path: str | os.PathLike, fps: float | None) -> "_AudioTicks":
+        return _AudioTicks(path, fps, self)
+
+
+class LogMel:
+    """
+    Logarithms of mel energies, without weights: windows of 25 ms, one each 10 ms, of sound at 16 kHz, in 64 bands from 125 to
+    7,500 Hz (VGGish's, Hershey et al., "CNN Architectures for Large-Scale Audio Classification", ICASSP 2017,
+    https://arxiv.org/abs/1609.09430).
+    """
+
+    kind, name, fps = "audio", LOG_MEL, 16000
+    num_frames, feature_stride, batch_size = 400, 160, 4096
+
+    def __init__(self, bands: int = 64, lowest: float = 125.0, highest: float = 7500.0):
+        self._bands = (bands, lowest, highest)
+
+    def describe(self) -> dict[str, str]:
+        return {"encoder": self.name, "bands": "{} {:g} {:g}".format(*self._bands)}
+
+    def ticks(self, num_frames: int) -> np.ndarray:
+        return np.arange(num_frames)
+
+    def encode(self, windows: torch.Tensor) -> torch.Tensor:
+        """Windows of sound (windows, samples) to (windows, bands) float32."""
+        length = 2 ** math.ceil(math.log2(windows.shape[1]))
+        spectrum = torch.fft.rfft(windows * torch.hann_window(windows.shape[1]), n=length).abs()
+        bands, lowest, highest = self._bands
+        filters = mel_filter_bank(length // 2 + 1, bands, lowest, highest, self.fps, mel_scale="htk")
+        return torch.log(spectrum @ torch.from_numpy(filters).float() + 0.01)
+
+    def open(self, path: str | os.PathLike, fps: float | None) -> "_AudioTicks":
+        return _AudioTicks(path, fps, self)
+
+
+class _VideoTicks:
+    """A video at the ticks of a clock, prepared for an encoder."""
+
+    def __init__(self, path: str | os.PathLike, fps: float | None, encoder: VideoEncoder):
+        self._file, self._encoder = VideoFile(path), encoder
+        self.fps, self.duration = fps or self._file.fps, self._file.duration
+
+    def read(self, ticks: np.ndarray) -> torch.Tensor:
+        # The middle of a tick, so that rounded timestamps do not matter.
+        seconds = (ticks + 0.5) / self.fps
+        parts = np.split(seconds, np.arange(_FRAMES_AT_ONCE, len(seconds), _FRAMES_AT_ONCE))
+        return torch.cat([self._encoder.prepare(self._file.frames_at(part)) for part in parts])
+
+
+class _AudioTicks:
+    """As `_VideoTicks`: here a tick is a sample."""
+
+    def __init__(self, path: str | os.PathLike, fps: float | None, encoder: AudioEncoder | LogMel):
+        if fps is not None and fps != encoder.fps:
+            raise ValueError(
+                f"{path}: fps is {fps}, but {encoder.name} takes sound at {encoder.fps} samples a second."
+            )
+        self._file = AudioFile(path, encoder.fps)
+        self.fps, self.duration = encoder.fps, self._file.duration
+
+    def read(self, ticks: np.ndarray) -> torch.Tensor:
+        first, last = int(ticks[0]), int(ticks[-1])
+        return self._file.read(first, last + 1)[torch.from_numpy(ticks - first)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Extraction
+
+
+def extract_features(
+    path: str | os.PathLike,
+    encoder: VideoEncoder | AudioEncoder | LogMel | None = None,
+    fps: float | None = None,
+    feature_stride: int | None = None,
+    num_frames: int | None = None,
+    columns: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    cache: str | os.PathLike | None = None,
+    save_every: float = 30.0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """
+    The features of one recording, with their geometry.
+
+    Args:
+        path: a video or audio file, or without an encoder a sensor file (.csv, .tsv, .parquet, .npy, .npz), whose windows of raw
+            values are the features.
+        encoder: from `load_encoder`.
+        fps: ticks of the clock a second. Default: the recording's own rate (of video the mean, if it varies), or the encoder's.
+        feature_stride, num_frames: ticks from one feature to the next, and ticks that one covers. Default: the encoder's; must
+            be given for sensors. Of a longer window the encoder sees evenly spaced frames.
+        columns: of a sensor table, see `recordings.read_signal`.
+        batch_size: windows that are encoded at once; features do not depend on it.
+        cache: a .safetensors file to write. If it exists and was made of this recording in this way, it is read instead. What a
+            killed run has done lies beside it (`.part`), and the same call goes on from there.
+        save_every: seconds between savings of what is done (0: after each batch).
+        progress: show a progress bar.
+
+    Returns:
+        `{"features": (time, channels) float32, "fps", "feature_stride", "num_frames", "duration" (seconds)}`: a sample for the
+        feature extractor and the pipelines. A recording that is shorter than a window gives one feature, the last frame held
+        (sound: silence).
+
+    Raises:
+        ValueError: as `recordings.VideoFile`, `AudioFile` and `read_signal`; a cache of something else.
+    """
+    for name, value in (("feature_stride", feature_stride), ("num_frames", num_frames), ("batch_size", batch_size)):
+        if value is not None and (value != int(value) or value < 1):
+            raise ValueError(f"{name} is {value!r}; expected a whole number, 1 or more.")
+    suffix = os.path.splitext(os.fspath(path))[1].lower()
+    if encoder is None:
+        if suffix not in SIGNAL_SUFFIXES:
+            raise ValueError(
+                f"{path}: a recording of this kind needs an encoder, such as load_encoder('MCG-NJU/videomae-base'), or "
+                f"load_encoder('log-mel') for sound. Without one: {', '.join(SIGNAL_SUFFIXES)}."
+            )
+        return _extract_windows(path, fps, feature_stride, num_frames, columns, cache)
+    if suffix in SIGNAL_SUFFIXES or columns is not None:
+        raise ValueError(f"{path}: sensor values in columns are cut into windows as they are; leave the encoder out.")
+
+    feature_stride, num_frames = int(feature_stride or encoder.feature_stride), int(num_frames or encoder.num_frames)
+    batch_size = int(batch_size or encoder.batch_size)
+    recording = encoder.open(path, fps)
+    description = {
+        **_describe(path, recording.fps, feature_stride, num_frames, recording.duration),
+        **encoder.describe(),
+    }
+    file = _Cache(cache, description, save_every)
+    if file.whole is not None:
+        return _as_sample(file.whole, description)
+
+    offsets = encoder.ticks(num_frames)
+    total = max(0, round(recording.duration * recording.fps) - num_frames) // feature_stride + 1
+    ticks = np.zeros(0, dtype=np.int64)
+    values = None
+    bar = logging.tqdm(
+        total=total, initial=file.done, desc=os.path.basename(os.fspath(path)), unit="feature", disable=not progress
+    )
+    with bar:
+        for first in range(file.done, total, batch_size):
+            starts = np.arange(first, min(first + batch_size, total)) * feature_stride
+            wanted = starts[:, None] + offsets
+            # Windows share ticks: those of the last batch are kept as long as this one needs them.
+            new = np.setdiff1d(wanted, ticks)
+            needed = ticks >= wanted.min()
+            parts = [] if values is None else [values[torch.from_numpy(needed)]]
+            values = torch.cat([*parts, recording.read(new)] if len(new) else parts)
+            ticks = np.concatenate([ticks[needed], new])
+            windows = values[torch.from_numpy(np.searchsorted(ticks, wanted))]
+            file.append(encoder.encode(windows).cpu().numpy())
+            bar.update(len(starts))
+    return _as_sample(file.finish(), description)
+
+
+def read_features(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
+    """
+    A file that `extract_features` wrote: the sample that it returned, and all that the file says of itself.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            description, features = file.metadata() or {}, file.get_tensor("features")
+        return _as_sample(features, description), description
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a file of features as extract_features writes ({error}).") from error
+
+
+def _extract_windows(path, fps, feature_stride, num_frames, columns, cache) -> dict[str, Any]:
+    """Windows of raw values, the features of models such as `configuration/sbhar.yaml`."""
+    if feature_stride is None or num_frames is None:
+        raise ValueError(
+            f"{path}: feature_stride and num_frames are missing: how many samples from one window to the next, and how many in "
+            "one."
+        )
+    signal, fps = read_signal(path, fps, columns)
+    if len(signal) < num_frames:
+        raise ValueError(
+            f"{path}: {len(signal)} samples ({len(signal) / fps:.2f} s); expected at least the {num_frames} of one window."
+        )
+    description = _describe(path, fps, int(feature_stride), int(num_frames), len(signal) / fps)
+    description |= {"columns": json.dumps(list(columns))} if columns else {}
+    file = _Cache(cache, description)
+    if file.whole is None:
+        file.append(window_features(signal, int(num_frames), int(feature_stride)))
+    return _as_sample(file.finish() if file.whole is None else file.whole, description)
+
+
+def _describe(path, fps, feature_stride: int, num_frames: int, duration: float) -> dict[str, str]:
+    """The metadata of a file of features. (safetensors holds texts; repr gives a float back exactly.)"""
+    numbers = {"fps": float(fps), "feature_stride": feature_stride, "num_frames": num_frames, "duration": duration}
+    described = {key: repr(value) for key, value in numbers.items()}
+    return {**described, "recording": os.path.basename(os.fspath(path)), "recording_sum": _fingerprint_file(path)}
+
+
+def _as_sample(features: np.ndarray, description: dict[str, str]) -> dict[str, Any]:
+    numbers = {"fps": float, "feature_stride": int, "num_frames": int, "duration": float}
+    return {"features": features, **{key: read(description[key]) for key, read in numbers.items()}}
+
+
+class _Cache:
+    """
+    Rows of features on their way into a file; without a path, into memory.
+
+    What is done is saved under `.NAME.part` each `save_every` seconds, or more seldom where saving takes long.
+    """
+
+    def __init__(self, path: str | os.PathLike | None, description: dict[str, str], save_every: float = 30.0):
+        self._path = None if path is None else Path(path)
+        self._description, self._save_every = description, save_every
+        self._rows: list[np.ndarray] = []
+        self.whole: np.ndarray | None = None
+        if self._path is None:
+            return
+        if self._path.suffix != ".safetensors":
+            raise ValueError(f"{path}: expected a cache that is named .safetensors.")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._part = self._path.with_name(f".{self._path.name}.part")
+        if self._path.exists():
+            self.whole, found = self._read(self._path)
+            if different := self._differences(found):
+                raise ValueError(
+                    f"{self._path}: was made in another way ({'; '.join(different)}). Give another name, or remove it."
+                )
+        elif self._part.exists():
+            try:
+                rows, found = self._read(self._part)
+            except ValueError:
+                return  # of another program, or of a machine that lost power
+            if not self._differences(found):
+                self._rows.append(rows)
+        self._saved = time.monotonic()
+
+    @staticmethod
+    def _read(path: Path) -> tuple[np.ndarray, dict[str, str]]:
+        sample, description = read_features(path)
+        return sample["features"], description
+
+    def _differences(self, found: dict[str, str]) -> list[str]:
+        own = self._description
+        # A repository's name and a folder of the same weights are the same encoder.
+        same = {"recording"} | ({"encoder", "encoder_revision"} if "encoder_weights" in own else set())
+        keys = sorted(({*found} | {*own}) - same)
+        return [
+            f"{key} {found.get(key, 'missing')}, now {own.get(key, 'missing')}"
+            for key in keys
+            if found.get(key) != own.get(key)
+        ]
+
+    @property
+    def done(self) -> int:
+        return sum(map(len, self._rows))
+
+    def append(self, rows: np.ndarray):
+        self._rows.append(rows)
+        if self._path is not None and time.monotonic() - self._saved >= self._save_every:
+            began = time.monotonic()
+            self._rows = [np.concatenate(self._rows)]
+            self._write(self._part)
+            self._saved = time.monotonic()
+            self._save_every = max(self._save_every, 20 * (self._saved - began)) if self._save_every else 0.0
+
+    def finish(self) -> np.ndarray:
+        self._rows = [np.concatenate(self._rows)]
+        if self._path is not None:
+            self._write(self._path)
+            self._part.unlink(missing_ok=True)
+        return self._rows[0]
+
+    def _write(self, path: Path):
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+        try:
+            save_file({"features": np.ascontiguousarray(self._rows[0])}, temporary, metadata=self._description)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _fingerprint_file(path: str | os.PathLike) -> str:
+    """Tells recordings apart by their size and both ends, without reading hours of video."""
+    path = os.fspath(path)
+    if "://" in path:
+        return hashlib.sha256(path.encode()).hexdigest()[:16]
+    end = 2**20
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(end)
+        file.seek(max(size - end, 0))
+        return hashlib.sha256(b"%d" % size + head + file.read(end)).hexdigest()[:16]
+
+
+def _fingerprint_weights(model) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processor settings of transformers, applied to whole batches of frames on any device, without torchvision
+
+
+def _read_processor(name: str, revision: str | None) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the checkpoint has no settings, or some that are not known here.
+    """
+    for file in ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"):
+        path = cached_file(
+            name,
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        if path is None:
+            continue
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = content.get("video_processor") or content.get("image_processor") or content
+        if "size" in content or "image_mean" in content:
+            break
+    else:
+        raise ValueError(
+            f"{name}: has no settings of a video or image processor (preprocessor_config.json), which say how large frames are and "
+            "how they are normalised. Save the processor of the model into its folder: processor.save_pretrained(folder)."
+        )
+    size = content.get("size", content.get("crop_size", 224))
+    crop = content.get("crop_size", size)
+    resample = content.get("resample", 2)
+    if content.get("do_resize", True) and resample not in _RESAMPLING:
+        resample = 3  # Lanczos, which torch lacks; transformers' own processors take bicubic too
+    return {
+        "do_resize": content.get("do_resize", True),
+        "size": size,
+        "resample": _RESAMPLING[resample],
+        "do_center_crop": content.get("do_center_crop", "crop_size" in content),
+        "crop_size": crop,
+        "do_rescale": content.get("do_rescale", True),
+        "rescale_factor": content.get("rescale_factor", 1 / 255),
+        "offset": 1.0 if content.get("offset") else 0.0,
+        "do_normalize": content.get("do_normalize", True),
+        "image_mean": content.get("image_mean", [0.5] * 3),
+        "image_std": content.get("image_std", [0.5] * 3),
+    }
+
+
+def _resized(shape: Sequence[int], size: int | dict[str, int]) -> tuple[int, int]:
+    """Height and width after resizing."""
+    height, width = shape
+    if isinstance(size, dict) and "height" in size:
+        return size["height"], size["width"]
+    shortest = size["shortest_edge"] if isinstance(size, dict) else size
+    if height <= width:
+        return shortest, int(shortest * width / height)
+    return int(shortest * height / width), shortest
+
+
+def _crop(frames: torch.Tensor, size: int | dict[str, int]) -> torch.Tensor:
+    """The middle of frames (n, 3, height, width); black around frames that are smaller."""
+    if isinstance(size, dict):
+        height, width = size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))
+    else:
+        height = width = size
+    missing = [max(0, want - have) for want, have in zip((height, width), frames.shape[-2:], strict=True)]
+    if any(missing):
+        padding = (missing[1] // 2, missing[1] - missing[1] // 2, missing[0] // 2, missing[0] - missing[0] // 2)
+        frames = torch.nn.functional.pad(frames, padding)
+    top, left = (frames.shape[-2] - height) // 2, (frames.shape[-1] - width) // 2
+    return frames[..., top : top + height, left : left + width]

@@ -1,0 +1,612 @@
+"""Recordings as they lie on disk: video, audio and sensor files, read at the ticks of a regular clock.
+
+    video = VideoFile("match.mp4")                  # pip install "modeling-convtransformer[video]"
+    video.frames_at([0.02, 0.06, 0.10])             # what a player shows at these seconds, (3, 3, height, width) uint8
+    audio = AudioFile("match.mp4", 16000)
+    audio.read(0, 16000)                            # the first second as mono samples, (16000,) float32
+    signal, fps = read_signal("session.csv")        # (samples, channels) float32 and the samples per second
+
+Times are seconds from the start of the file, as a player shows them. Frames are found by their timestamps, so that a variable
+frame rate, dropped frames and a late first frame come out right; a rotation in the file's metadata is applied.
+"""
+
+import csv
+import importlib
+import itertools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+__all__ = ["SIGNAL_SUFFIXES", "AudioFile", "VideoFile", "read_signal"]
+
+# What `read_signal` reads.
+SIGNAL_SUFFIXES = (".csv", ".tsv", ".parquet", ".npy", ".npz")
+
+# Containers whose header says how long the recording is, so that a file that ends before can be told.
+_WITH_DURATION = {"mov", "mp4", "matroska", "webm", "avi", "flv", "wav"}
+_SAME_TIME = 1e-6  # seconds; far below a frame, far above what float64 loses
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Video and audio
+
+
+class _MediaFile:
+    """A file that FFmpeg reads: which stream to take, and when each of its packets is shown."""
+
+    _kind: str
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self._av = _import("av", "video")
+        with self._open() as container:
+            stream = self._choose_stream(container)
+            self.stream_index, self.codec = stream.index, stream.codec_context.name
+            # What a player counts from: the first time of the earliest stream.
+            self.start_time = (container.start_time or 0) / self._av.time_base
+            self._declared_rate = float(getattr(stream, "average_rate", None) or 0)
+            self._times, self._key_times, self.duration = self._scan(container)
+
+    def _open(self):
+        if "://" not in self.path:
+            if not Path(self.path).is_file():
+                raise ValueError(f"{self.path}: there is no such file.")
+            if Path(self.path).stat().st_size == 0:
+                raise ValueError(f"{self.path}: the file is empty (0 bytes).")
+        try:
+            return self._av.open(self.path)
+        except (self._av.error.FFmpegError, OSError) as error:
+            raise ValueError(
+                f"{self.path}: not readable as a recording ({error.strerror or error}). Either it is no video or audio file, or "
+                "it is truncated (an MP4 that was cut off lacks the index at its end): copy or record it again."
+            ) from error
+
+    def _choose_stream(self, container):
+        pictures = self._av.stream.Disposition.attached_pic  # the cover of a music file is a video of one frame
+        streams = [one for one in container.streams if one.type == self._kind and not one.disposition & pictures]
+        if not streams:
+            found = ", ".join(sorted({one.type for one in container.streams})) or "none"
+            advice = " (For its sound, give an audio encoder.)" if "audio" in found else ""
+            raise ValueError(f"{self.path}: no {self._kind} stream; the streams it has: {found}.{advice}")
+        if streams[0].codec_context is None:
+            raise ValueError(
+                f"{self.path}: its {self._kind} is in a codec that this build of FFmpeg does not know. Convert it with a program "
+                "that does, to H.264 for example."
+            )
+        return streams[0]
+
+    def _scan(self, container) -> tuple[np.ndarray, np.ndarray, float]:
+        """
+        Reads all packets and decodes none: the seconds at which each packet of the stream is shown (sorted), those of its
+        key frames, and seconds from the file's start to the stream's end.
+        """
+        times, keys, ends, last_length = [], [], [], 0.0
+        try:
+            for packet in container.demux():
+                if packet.size == 0:  # how PyAV ends a stream
+                    continue
+                if packet.pts is None:
+                    if packet.stream_index == self.stream_index:
+                        times.append(math.nan)
+                    continue
+                time, length = (value * float(packet.time_base) for value in (packet.pts, packet.duration or 0))
+                ends.append(time + length)
+                # Edit lists hide packets that are there only to decode others.
+                if packet.stream_index == self.stream_index and not packet.is_discard:
+                    last_length = length if not times or time >= max(times[-1], times[0]) else last_length
+                    times.append(time)
+                    keys.append(time) if packet.is_keyframe else None
+        except self._av.error.FFmpegError as error:
+            raise ValueError(
+                f"{self.path}: damaged or truncated ({error.strerror}) after {len(times)} packets."
+            ) from error
+        if np.isnan(times).any():  # old AVI files: only decoding tells
+            times, keys = [frame.time for frame in self._decode()], []
+            ends.extend(times)
+        if not times:
+            raise ValueError(f"{self.path}: its {self._kind} stream ({self.codec}) has no frames: nothing to read.")
+        times = np.sort(times)
+        if not last_length and len(times) > 1:
+            last_length = float(np.median(np.diff(times)))
+        declared, end = (container.duration or 0) / self._av.time_base, max(ends) - self.start_time
+        if declared - end > max(1.0, 0.02 * declared) and _WITH_DURATION & {*container.format.name.split(",")}:
+            raise ValueError(
+                f"{self.path}: truncated: its header says {declared:.1f} s, but it ends after {end:.1f} s. Copy it again, or keep "
+                "what is there with ffmpeg -i INPUT -c copy OUTPUT.mkv."
+            )
+        return times, np.sort(keys), float(times[-1]) + last_length - self.start_time
+
+    def _decode(self, start: float | None = None) -> Iterator:
+        """The stream's frames from the start, or from a key frame at `start` (seconds in the file) or before."""
+        with self._open() as container:
+            stream = container.streams[self.stream_index]
+            stream.thread_type = "AUTO"
+            if start is not None:
+                container.seek(int(start / stream.time_base), stream=stream, backward=True)
+            for packet in container.demux(stream):
+                try:
+                    yield from (frame for frame in packet.decode() if frame.time is not None)
+                except self._av.error.InvalidDataError:
+                    logger.warning_once(f"{self.path}: damaged data is left out; a player shows the frame before it.")
+
+
+class VideoFile(_MediaFile):
+    """
+    The video of a file, by its timestamps.
+
+    Args:
+        path: of a file that FFmpeg reads, or its address (https://...).
+        decoder: `"torchcodec"`, `"pyav"`, or `"auto"`: torchcodec where it can be loaded (faster; it needs FFmpeg's libraries on
+            the machine) and finds the frames of this file, else PyAV, which brings FFmpeg along.
+
+    Attributes:
+        frame_times: (frames,) seconds, rising, as they stand in the file (ffprobe's `pts_time`).
+        start_time: seconds in the file at which a player begins to count.
+        duration: seconds from there to the end of the video.
+        fps: frames per second; the mean where they vary.
+        width, height, rotation: of a frame, after it was turned by `rotation` degrees counterclockwise.
+
+    Raises:
+        ValueError: no such file, no recording, no video in it, no frames, an unknown codec, or a file that ends before its
+            header says; the message names the file.
+        ImportError: PyAV is not installed.
+    """
+
+    _kind = "video"
+
+    def __init__(self, path: str | os.PathLike, decoder: str = "auto"):
+        super().__init__(path)
+        if decoder not in ("auto", "torchcodec", "pyav"):
+            raise ValueError(f"decoder is {decoder!r}; expected 'auto', 'torchcodec' or 'pyav'.")
+        self.frame_times = self._times
+        measured = len(self._times) / (self.duration - (self._times[0] - self.start_time) or 1.0)
+        # The rate in the header is exact where timestamps are rounded (30000/1001 in milliseconds).
+        is_near = abs(self._declared_rate - measured) < 0.005 * measured
+        self.fps = self._declared_rate if is_near else measured
+        self._frames = _PyAVFrames(self)
+        first = self._frames.first
+        self.rotation = round(first.rotation / 90) * 90 % 360
+        self.width, self.height = first.width, first.height
+        if self.rotation % 180:
+            self.width, self.height = first.height, first.width
+        self._is_auto = decoder == "auto"
+        if decoder != "pyav":
+            try:
+                self._frames = _TorchCodecFrames(self)
+            except (ImportError, OSError, RuntimeError):
+                if decoder == "torchcodec":
+                    raise
+
+    def frames_at(self, seconds: Sequence[float] | np.ndarray) -> torch.Tensor:
+        """
+        What a player shows at these times, (n, 3, height, width) uint8; before the first frame that one, after the last that.
+
+        Args:
+            seconds: (n,) rising, from the start of the file.
+        """
+        seconds = np.asarray(seconds, dtype=np.float64)
+        numbers = np.searchsorted(self._times, seconds + self.start_time + _SAME_TIME, side="right") - 1
+        numbers, repeats = np.unique(np.maximum(numbers, 0), return_inverse=True)
+        try:
+            frames = self._frames.read(self._times[numbers])
+        except RuntimeError as error:
+            if not self._is_auto or isinstance(self._frames, _PyAVFrames):
+                raise
+            logger.warning(f"{self.path}: torchcodec gives up or finds other frames ({error}); going on with PyAV.")
+            self._frames = _PyAVFrames(self)
+            frames = self._frames.read(self._times[numbers])
+        return frames[torch.from_numpy(repeats)]
+
+
+class _PyAVFrames:
+    """Frames by their times; decoding goes on where it was, unless a key frame lies on the way."""
+
+    def __init__(self, video: VideoFile):
+        self._video = video
+        self._seek(None)
+        if self._coming is None:
+            raise ValueError(
+                f"{video.path}: none of the {len(video._times)} frames of its video ({video.codec}) can be decoded; the file is "
+                "damaged."
+            )
+        self.first = self._coming
+
+    def read(self, times: np.ndarray) -> torch.Tensor:
+        return torch.stack([self._to_tensor(self._frame_at(time)) for time in times])
+
+    def _frame_at(self, time: float):
+        """The last frame that is not after `time`: the one of this time, but where its data is damaged."""
+        keys = self._video._key_times
+        key = keys[max(np.searchsorted(keys, time + _SAME_TIME) - 1, 0)] if len(keys) else -math.inf
+        is_behind = self._shown is not None and time < self._shown.time - _SAME_TIME
+        if is_behind or (self._coming is not None and key > self._coming.time + _SAME_TIME):
+            # Some containers seek by the times of decoding and land too late: then from earlier, in the end from the start.
+            for start in (key, key - 10.0, None):
+                self._seek(start if start is not None and start > self._video._times[0] else None)
+                if self._coming is not None and self._coming.time <= time + _SAME_TIME:
+                    break
+        while self._coming is not None and self._coming.time <= time + _SAME_TIME:
+            self._shown, self._coming = self._coming, next(self._decoded, None)
+        return self._shown or self._coming
+
+    def _seek(self, start: float | None):
+        self._decoded = self._video._decode(start)
+        try:
+            self._shown, self._coming = None, next(self._decoded, None)
+        except self._video._av.error.FFmpegError:  # cannot seek
+            self._seek(None)
+
+    def _to_tensor(self, frame) -> torch.Tensor:
+        # A stream may change its size on the way.
+        array = frame.to_ndarray(format="rgb24", width=self.first.width, height=self.first.height)
+        turned = np.rot90(array, self._video.rotation // 90)
+        return torch.from_numpy(np.ascontiguousarray(turned.transpose(2, 0, 1)))
+
+
+class _TorchCodecFrames:
+    """As `_PyAVFrames`. Checks the time of each frame: in MPEG transport streams torchcodec 0.13 finds others than asked for."""
+
+    def __init__(self, video: VideoFile):
+        from torchcodec.decoders import VideoDecoder
+
+        self._decoder = VideoDecoder(video.path, stream_index=video.stream_index, num_ffmpeg_threads=0)
+
+    def read(self, times: np.ndarray) -> torch.Tensor:
+        frames = self._decoder.get_frames_played_at((times + _SAME_TIME).tolist())
+        found = frames.pts_seconds.numpy()
+        if (np.abs(found - times) > 2 * _SAME_TIME).any():
+            wrong = int(np.abs(found - times).argmax())
+            raise RuntimeError(f"the frame of {found[wrong]:.3f} s for that of {times[wrong]:.3f} s")
+        return frames.data
+
+
+class AudioFile(_MediaFile):
+    """
+    The sound of a file as mono samples at a rate of one's own.
+
+    Args:
+        path: of a file that FFmpeg reads (a video's sound too), or its address.
+        fps: samples per second to convert to.
+
+    Attributes:
+        duration: seconds from the start of the file to the end of the sound. codec.
+
+    Raises:
+        ValueError, ImportError: as `VideoFile`.
+    """
+
+    _kind = "audio"
+
+    def __init__(self, path: str | os.PathLike, fps: int):
+        super().__init__(path)
+        self.fps = fps
+        self._restart()
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """
+        Samples `start` to `stop`, counted at `fps` from the start of the file: (stop - start,) float32, silence where there is
+        no sound. Decodes forward; going back starts over, because a codec needs what came before.
+        """
+        if start < self._position:
+            self._restart()
+        while self._position + len(self._buffer) < stop:
+            samples = next(self._samples, None)
+            if samples is None:
+                self._buffer = np.pad(self._buffer, (0, stop - self._position - len(self._buffer)))
+                break
+            self._buffer = np.concatenate([self._buffer, samples])
+            skipped = min(max(start - self._position, 0), len(self._buffer))
+            self._position, self._buffer = self._position + skipped, self._buffer[skipped:]
+        skipped = start - self._position
+        self._position, self._buffer = start, self._buffer[skipped:]
+        return torch.from_numpy(self._buffer[: stop - start].copy())
+
+    def _restart(self):
+        self._samples, self._position, self._buffer = self._resampled(), 0, np.zeros(0, dtype=np.float32)
+
+    def _resampled(self) -> Iterator[np.ndarray]:
+        resampler = self._av.AudioResampler(format="flt", layout="mono", rate=self.fps)
+        count = 0
+        for frame in itertools.chain(self._decode(), [None]):  # None: what the resampler holds back
+            if frame is not None:
+                # Sound that starts late or has a hole: silence up to its time.
+                missing = round((frame.time - self.start_time) * self.fps) - count
+                frame.pts = None
+                if missing > 0.1 * self.fps or (count == 0 and missing > 0):
+                    count += missing
+                    yield np.zeros(missing, dtype=np.float32)
+            for one in resampler.resample(frame):
+                samples = one.to_ndarray()[0]
+                count += len(samples)
+                yield samples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sensors
+
+# Names of columns that hold times, and the seconds of their unit (None: to be told from the values).
+_TIME_NAMES = {
+    "time": None,
+    "timestamp": None,
+    "timestamps": None,
+    "datetime": None,
+    "t": None,
+    "seconds": 1.0,
+    "sec": 1.0,
+}
+_UNITS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "millis": 1e-3, "us": 1e-6, "ns": 1e-9}
+# Numbers since 1970: from 1973 on, which unit they count is clear from their size.
+_EPOCHS = ((1e17, 1e-9), (1e14, 1e-6), (1e11, 1e-3), (1e8, 1.0))
+
+
+def read_signal(
+    path: str | os.PathLike, fps: float | None = None, columns: Sequence[str] | None = None
+) -> tuple[np.ndarray, float]:
+    """
+    Raw values of sensors from a CSV (any of , ; and tab, with or without a header), Parquet, .npy or .npz file.
+
+    A column of times (`time`, `timestamp`, `time_ms`, ISO dates, ...) puts the samples on a regular clock by linear
+    interpolation; without one they are taken to be regular.
+
+    Args:
+        path: the file. In an .npz the values are its one array of two axes, or `signal`; `fps` or `sampling_rate` may stand
+            beside.
+        fps: samples per second to have. Default: the file's own, from its times.
+        columns: names of the channels to take, in this order. Default: all columns but that of times.
+
+    Returns:
+        signal: (samples, channels) float32.
+        fps: samples per second.
+
+    Raises:
+        ValueError: text or gaps in the columns, times that do not rise or pause, no rate, unknown columns; the message names the
+            file and the line.
+        ImportError: pyarrow is not installed (CSV and Parquet).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file.")
+    if path.suffix.lower() not in SIGNAL_SUFFIXES:
+        raise ValueError(f"{path}: not a sensor file; expected one of {', '.join(SIGNAL_SUFFIXES)}.")
+    if fps is not None and not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps is {fps!r}; expected a positive number of samples per second.")
+    if path.suffix.lower() in (".npy", ".npz"):
+        signal, own = _read_numpy(path, columns)
+        if own is not None and fps is not None and abs(own - fps) > 1e-6 * fps:
+            return _on_clock(np.arange(len(signal)) / own, signal, fps), fps
+        fps = fps or own
+    else:
+        table, first_line = _read_table(path)
+        times, signal = _split_times(table, columns, path, first_line)
+        if times is not None:
+            rate = _rate(times, path, first_line)
+            return _on_clock(times, signal, fps or rate), fps or rate
+    if fps is None:
+        raise ValueError(
+            f"{path}: its sampling rate is missing: there is no column of times, such as `time` in seconds, `time_ms` or "
+            "`timestamp`. Give it as fps=."
+        )
+    return signal, fps
+
+
+def _read_numpy(path: Path, columns: Sequence[str] | None) -> tuple[np.ndarray, float | None]:
+    if columns is not None:
+        raise ValueError(f"{path}: columns are {list(columns)}, but an array has no names of columns; leave them out.")
+    try:
+        with np.load(path, allow_pickle=False) as loaded:
+            arrays = (
+                {"signal": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
+            )
+    except (ValueError, OSError, EOFError) as error:
+        reason = (
+            "Python objects, which are refused because loading them runs code" if "pickle" in str(error) else error
+        )
+        raise ValueError(f"{path}: not readable as an array of numbers ({reason}).") from error
+    rates = [float(arrays[key]) for key in ("fps", "sampling_rate") if key in arrays and arrays[key].size == 1]
+    values = {key: array for key, array in arrays.items() if array.ndim == 2}
+    if "signal" not in values and len(values) != 1:
+        shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items()) or "nothing"
+        raise ValueError(f"{path}: holds {shapes}; expected one array (samples, channels), or one named `signal`.")
+    signal = values.get("signal", next(iter(values.values())))
+    if not np.issubdtype(signal.dtype, np.number) or np.iscomplexobj(signal):
+        raise ValueError(f"{path}: values of type {signal.dtype}; expected real numbers.")
+    _check_finite(signal, [f"channel {channel}" for channel in range(signal.shape[1])], path, 0)
+    return signal.astype(np.float32), rates[0] if rates else None
+
+
+def _read_table(path: Path):
+    """The table of a file, and the line of its first row (0 for files without lines)."""
+    arrow = _import("pyarrow", "sensors")
+    try:
+        if path.suffix.lower() == ".parquet":
+            from pyarrow import parquet
+
+            table, first_line = parquet.read_table(path), 0
+        else:
+            table, first_line = _read_csv(path)
+    except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not readable as a table ({reason}).") from error
+    if table.num_rows == 0:
+        raise ValueError(f"{path}: has no samples ({table.num_columns} columns and no rows).")
+    return table, first_line
+
+
+def _read_csv(path: Path):
+    from pyarrow import csv as arrow_csv
+
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        head = list(itertools.islice(file, 2))
+    if not head:
+        raise ValueError(f"{path}: the file is empty (0 bytes).")
+    delimiter = max(",;\t", key=head[0].count)
+    decimal_point = "," if delimiter != "," and head[-1].count(",") > head[-1].count(".") else "."
+    cells = next(csv.reader(head[:1], delimiter=delimiter))
+    has_header = not all(_is_float(cell.replace(decimal_point, ".")) for cell in cells)
+    table = arrow_csv.read_csv(
+        path,
+        # Types are told from the first block: all of the file is one.
+        read_options=arrow_csv.ReadOptions(
+            block_size=max(path.stat().st_size, 1),
+            autogenerate_column_names=not has_header,
+        ),
+        parse_options=arrow_csv.ParseOptions(delimiter=delimiter),
+        convert_options=arrow_csv.ConvertOptions(decimal_point=decimal_point),
+    )
+    return table, 2 if has_header else 1
+
+
+def _split_times(table, columns: Sequence[str] | None, path: Path, first_line: int):
+    """The column of times as seconds (samples,), or None, and the values (samples, channels)."""
+    import pyarrow as arrow
+
+    names = [name.strip() for name in table.column_names]
+    in_column = dict(zip(names, table.columns, strict=True))
+    if len(in_column) < len(names):
+        raise ValueError(f"{path}: names of columns are there twice ({', '.join(names)}); rename them.")
+    own = next((name for name in names if _unit(name) or arrow.types.is_timestamp(in_column[name].type)), None)
+    times = None if own is None else _to_seconds(in_column[own], own, path, first_line)
+    if columns is None:
+        chosen = [
+            name for name in names if name != own and name not in ("", "Unnamed: 0")
+        ]  # (an index that pandas wrote)
+    elif unknown := [name for name in columns if name not in names]:
+        raise ValueError(f"{path}: has no columns {', '.join(unknown)}; those it has: {', '.join(names)}.")
+    else:
+        chosen = list(columns)
+    if not chosen:
+        raise ValueError(f"{path}: no column of sensor values; those it has: {', '.join(names)}.")
+    channels = [_to_numbers(in_column[name], name, chosen, path, first_line) for name in chosen]
+    signal = np.stack(channels, axis=1)
+    _check_finite(signal, [f"column {name!r}" for name in chosen], path, first_line)
+    return times, signal.astype(np.float32)
+
+
+def _unit(name: str) -> tuple[float | None] | None:
+    """Whether a column of this name holds times, and the seconds of its unit if the name says it."""
+    words = (
+        name.lower().replace("(", " ").replace(")", " ").replace("[", " ").replace("]", " ").replace("_", " ").split()
+    )
+    if not words or words[0] not in _TIME_NAMES or len(words) > 2:
+        return None
+    if len(words) == 1:
+        return (_TIME_NAMES[words[0]],)
+    return (_UNITS[words[1]],) if words[1] in _UNITS else None
+
+
+def _to_seconds(column, name: str, path: Path, first_line: int) -> np.ndarray:
+    import pyarrow as arrow
+
+    if arrow.types.is_timestamp(column.type):
+        if column.null_count:
+            row = column.is_null().to_pylist().index(True)
+            raise ValueError(f"{path}: a gap in column {name!r}, {_place(row, first_line)}; expected a time.")
+        return column.cast(arrow.timestamp("ns")).to_numpy().astype(np.int64) / 1e9
+    times = _to_numbers(column, name, [name], path, first_line)
+    _check_finite(times[:, None], [f"column {name!r}"], path, first_line)
+    (unit,) = _unit(name)
+    if unit is None:
+        unit = next((unit for least, unit in _EPOCHS if times[0] >= least), None)
+    if unit is None:
+        step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        if step >= 0.5:  # sensors give more than two samples a second: milliseconds, or mere numbers of samples
+            raise ValueError(
+                f"{path}: the unit of column {name!r} is unclear (it rises by {step:g} from sample to sample). Name the column "
+                "time_s, time_ms, time_us or time_ns; if it only counts the samples, rename it and give fps=."
+            )
+        unit = 1.0
+    return times * unit
+
+
+def _to_numbers(column, name: str, chosen: list[str], path: Path, first_line: int) -> np.ndarray:
+    import pyarrow as arrow
+
+    kind = column.type
+    if arrow.types.is_boolean(kind):
+        column = column.cast(arrow.int8())
+    elif arrow.types.is_null(kind):
+        raise ValueError(f"{path}: column {name!r} is empty; give the names of the channels: columns=[...].")
+    elif not (arrow.types.is_integer(kind) or arrow.types.is_floating(kind) or arrow.types.is_decimal(kind)):
+        values = column.to_pylist()
+        row = next((row for row, value in enumerate(values) if not _is_float(value)), 0)
+        rest = [other for other in chosen if other != name]
+        raise ValueError(
+            f"{path}: column {name!r} holds {values[row]!r} ({_place(row, first_line)}); expected numbers. Correct it, or give the "
+            f"names of the channels, such as columns={rest[:3] or ['x', 'y', 'z']}."
+        )
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise ValueError(
+            f"{path}: column {name!r} has {column.null_count} gaps, the first in {_place(row, first_line)}; expected a number in "
+            "each. Fill them, or cut the recording there."
+        )
+    return column.cast(arrow.float64()).to_numpy()
+
+
+def _check_finite(values: np.ndarray, names: list[str], path: Path, first_line: int):
+    finite = np.isfinite(values)
+    if not finite.all():
+        row, channel = np.argwhere(~finite)[0].tolist()
+        raise ValueError(
+            f"{path}: {names[channel]} holds {values[row, channel]} in {_place(row, first_line)}; expected finite numbers. Fill "
+            "these gaps, or cut the recording there."
+        )
+
+
+def _rate(times: np.ndarray, path: Path, first_line: int) -> float:
+    """Samples per second of rising times without pauses."""
+    steps = np.diff(times)
+    if len(steps) == 0:
+        raise ValueError(f"{path}: has one sample; its sampling rate cannot be told. Give it as fps=.")
+    if (steps <= 0).any():
+        row = int(np.argmax(steps <= 0)) + 1
+        raise ValueError(
+            f"{path}: time does not rise in {_place(row, first_line)} ({times[row - 1]} s, then {times[row]} s); sort the rows and "
+            "remove those that are there twice."
+        )
+    usual = float(np.median(steps))
+    if steps.max() > max(10 * usual, 0.25):
+        row = int(steps.argmax()) + 1
+        raise ValueError(
+            f"{path}: a gap of {steps[row - 1]:.2f} s before {_place(row, first_line)}, where samples are {usual:.4g} s apart. Cut "
+            "the recording there, or fill it."
+        )
+    rate = len(steps) / float(times[-1] - times[0])
+    return float(round(rate)) if abs(rate - round(rate)) < 0.005 * rate else rate
+
+
+def _on_clock(times: np.ndarray, signal: np.ndarray, fps: float) -> np.ndarray:
+    """Values at 0, 1 / fps, 2 / fps, ... by linear interpolation; the samples themselves where they are there already."""
+    count = math.floor((times[-1] - times[0]) * fps + 0.5) + 1
+    clock = np.arange(count) / fps
+    if count == len(times) and np.abs(times - times[0] - clock).max() < 0.02 / fps:
+        return signal
+    return np.stack([np.interp(clock, times - times[0], channel) for channel in signal.T], axis=1).astype(np.float32)
+
+
+def _place(row: int, first_line: int) -> str:
+    return f"line {row + first_line}" if first_line else f"row {row}"
+
+
+def _is_float(value) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _import(module: str, extra: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f'Reading this kind of file needs {module}: pip install "modeling-convtransformer[{extra}]".'
+        ) from error
