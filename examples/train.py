@@ -107,7 +107,9 @@ class DataArguments:
     resize_to: int | None = field(default=None, metadata={"help": "interpolate all videos to this length"})
     downsample_rate: int = field(default=1, metadata={"help": "take each n-th feature"})
     file_prefix: str = field(default="", metadata={"help": "of feature files"})
-    file_ext: str | None = field(default=None, metadata={"help": "of feature files (default: .npy, else .npz)"})
+    file_ext: str | None = field(
+        default=None, metadata={"help": "of feature files (default: .npy, .npz or .safetensors)"}
+    )
     deduplicate: bool = field(default=False, metadata={"help": "leave out repeated annotations"})
     skip_missing: bool = field(default=False, metadata={"help": "leave out videos without features"})
     augment_speed: float = field(default=0.0, metadata={"help": "sensors: see data.SensorAugmentation"})

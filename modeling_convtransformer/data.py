@@ -42,7 +42,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .evaluation import remove_duplicates
-from .feature_extraction_convtransformer import window_features
+from .feature_extraction_convtransformer import _load_safetensors, stored_encoder, stored_geometry, window_features
 
 __all__ = [
     "SBHAR_FPS",
@@ -223,7 +223,7 @@ def validate_annotations(
                 features = _open_features(paths, feature_size)
                 found += _value_problems(features)
                 if feature_stride is not None:
-                    fps_here = entry.get("fps", fps)
+                    fps_here = stored_geometry(paths[0]).get("fps") or entry.get("fps", fps)
                     found += _length_problems(
                         len(features), entry.get("duration"), fps_here, feature_stride, num_frames, length_tolerance
                     )
@@ -339,7 +339,8 @@ def _feature_paths(
     """The feature file of a video in each folder. Raises FileNotFoundError, naming what was looked for."""
     paths = []
     for folder in [folders] if isinstance(folders, str | os.PathLike) else folders:
-        candidates = [Path(folder) / f"{prefix}{video_id}{suffix}" for suffix in ([ext] if ext else [".npy", ".npz"])]
+        suffixes = [ext] if ext else [".npy", ".npz", ".safetensors"]
+        candidates = [Path(folder) / f"{prefix}{video_id}{suffix}" for suffix in suffixes]
         found = next((path for path in candidates if path.is_file()), None)
         if found is None:
             names = " or ".join(path.name for path in candidates)
@@ -369,7 +370,12 @@ def _open_features(paths: Sequence[Path], feature_size: int | None = None) -> np
 def _open_array(path: Path) -> np.ndarray:
     try:
         # Features are numbers: a file that needs allow_pickle is not opened, because unpickling can run any code.
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if path.suffix == ".safetensors":
+            names, array = _load_safetensors(path)
+            if array is None:
+                raise ValueError(f"it holds the arrays {names}, expected one, or one named 'feats' or 'features'")
+        else:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(array, np.lib.npyio.NpzFile):
             with array as archive:
                 names = [name for name in ("feats", "features") if name in archive.files] or archive.files
@@ -498,10 +504,11 @@ class TemporalActionDataset(_DrawsAnew, Dataset):
     Args:
         annotations: the content of an annotation file, or its path; see `load_annotations`, `validate_annotations`.
         feature_folder: holds one file per video, of shape (time, channels): `.npy` (read through a memory map: only the
-            stretch that is used is read) or `.npz` (its only array, or the one named "feats" or "features"). Several
+            stretch that is used is read), or `.npz` or `.safetensors` (its only array, or the one named "feats" or "features";
+            with the geometry that `features.extract_features` writes, its fps is taken and the rest compared). Several
             folders hold several streams, which are joined along the channels in the order given (v1's Ego4D).
         split: name or names of the subsets to take, in any case; None: all videos.
-        fps: frames per second of all videos; None: each entry's own.
+        fps: frames per second of all videos; None: each feature file's or entry's own.
         feature_stride: frames from one feature to the next.
         num_frames: frames that one feature covers.
         label2id: class name to id; None: the position in `label_names`. Several names may share an id:
@@ -513,8 +520,8 @@ class TemporalActionDataset(_DrawsAnew, Dataset):
             `trunc_thresh` lies inside the features are left out: some of ActivityNet's videos lack their last frames.
         downsample_rate: take each n-th feature; the stride grows accordingly.
         training: augment.
-        file_prefix, file_ext: a feature file is called prefix + video id + extension; extension None: ".npy", and
-            where there is none, ".npz".
+        file_prefix, file_ext: a feature file is called prefix + video id + extension; extension None: ".npy",
+            ".npz" or ".safetensors", whichever is there.
         deduplicate: leave out annotations that repeat another one or are shorter than 1 ms
             (`evaluation.remove_duplicates`), as v1 does for ActivityNet.
         skip_missing: leave out videos without a feature file, with a warning, instead of raising. (v1 leaves them out
@@ -528,6 +535,7 @@ class TemporalActionDataset(_DrawsAnew, Dataset):
         video_ids: in the order of the items.
         label2id, id2label: class name to id and back.
         feature_size: number of channels.
+        encoder: what made the features, as in the feature extractor's `encoder`, where their files say it; else None.
 
     Raises:
         FileNotFoundError: videos without a feature file; all are listed.
@@ -595,7 +603,9 @@ class TemporalActionDataset(_DrawsAnew, Dataset):
             except FileNotFoundError as error:
                 missing.append(f"{video_id}: {error}")
                 continue
-            self._videos.append(_read_entry(video_id, entry, paths, fps, self.label2id, deduplicate))
+            stored = self._check_stored(paths[0], video_id, is_first=not self._videos)
+            rate = fps or stored.get("fps")
+            self._videos.append(_read_entry(video_id, entry, paths, rate, self.label2id, deduplicate))
         if missing and not skip_missing:
             raise FileNotFoundError(
                 f"{len(missing)} of {len(missing) + len(self._videos)} videos have no feature file "
@@ -609,6 +619,26 @@ class TemporalActionDataset(_DrawsAnew, Dataset):
         self.feature_size = feature_size
         self.feature_size = self.open_features(0).shape[1]
         super().__init__(len(self._videos))
+
+    def _check_stored(self, path: Path, video_id: str, is_first: bool) -> dict[str, float]:
+        """The geometry that a feature file says it has, which must be the data set's. (Its fps is the clock's on which the
+        features were made, and may be another than the video's.)"""
+        stored = stored_geometry(path)
+        for name in ("feature_stride", "num_frames"):
+            if name in stored and stored[name] != getattr(self, name):
+                raise ValueError(
+                    f"{video_id}: {path} was made with {name} {stored[name]}, but the data set has {getattr(self, name)}. Set "
+                    "feature_stride and num_frames as the features were made (the recipe's section feature_extractor)."
+                )
+        encoder = stored_encoder(path)
+        if is_first:
+            self.encoder = encoder
+        elif encoder != self.encoder:
+            raise ValueError(
+                f"{video_id}: {path} was made by the encoder {encoder}, but those before it by {self.encoder}. Features of "
+                "different encoders have nothing in common: extract them again with one."
+            )
+        return stored
 
     def __len__(self) -> int:
         return len(self._videos)

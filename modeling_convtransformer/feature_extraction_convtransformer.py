@@ -45,6 +45,7 @@ _POST_PROCESSING = {
 _V1_DATASET = {"input_dim": 2304, "feat_stride": 16, "num_frames": 32}
 _NMS_METHODS = ("soft", "linear", "hard", "none")
 _GEOMETRY = ("fps", "feature_stride", "num_frames", "duration")
+_ENCODER = ("name", "revision", "pooling", "dtype")
 # What a sample may be, and what its first axis counts.
 _AXES = {"features": "time", "signal": "samples"}
 
@@ -72,6 +73,9 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
             beyond it to a multiple. A model does not need it; it is how v1 pads, whose results depend on it.
         length_tolerance (`float`, defaults to 0.1): share by which the number of features may differ from what the
             duration says.
+        encoder (`str` or `dict`, *optional*): what makes features of recordings, for pipelines that are given a video or sound:
+            the name of a model of transformers (or `"log-mel"`), or a dict with `name` and any of `revision`, `pooling` and
+            `dtype` (the arguments of `modeling_convtransformer.features.load_encoder`).
         pre_nms_thresh (`float`, defaults to 0.001): scores must be above this.
         pre_nms_topk (`int`, defaults to 5000): best candidates kept on each level of the pyramid.
         duration_thresh (`float`, defaults to 0.05): segments must be longer than this, in features.
@@ -103,6 +107,7 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         min_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         length_tolerance: float = 0.1,
+        encoder: str | dict[str, str] | None = None,
         **kwargs,
     ):
         if all(value is None for value in (feature_size, fps, feature_stride, num_frames)):
@@ -132,6 +137,7 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         self.min_length = min_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.length_tolerance = length_tolerance
+        self.encoder = check_encoder(encoder)
         self._geometry(None, "the feature extractor")
         for name, value in _check_settings(settings).items():
             setattr(self, name, value)
@@ -199,7 +205,8 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         """
         Args:
             features: one sample or a list of samples, each an array (time, channels), or the path of a .npy file (or of a
-                .npz or .safetensors file with one array, or one named `features` or `feats`), or a dict:
+                .npz or .safetensors file with one array, or one named `features` or `feats`; the geometry that a .safetensors
+                file has in its metadata is taken with it), or a dict:
                 `{"features": array or path}`, or `{"signal": array or path}` with raw values (samples, channels), which
                 are cut into windows of `num_frames` samples, one each `feature_stride`. In it, any of `fps`,
                 `feature_stride`, `num_frames`, `duration` may stand beside, as in `geometry`.
@@ -304,7 +311,7 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
     def geometry_of(self, samples, geometry: dict | Sequence[dict] | None = None) -> list[dict]:
         """
         The whole geometry of each sample, as in `load`, for `post_process_temporal_action_localization`. Reads no files but
-        those of signals without `duration`.
+        those of signals without `duration`, and the metadata of .safetensors files.
 
         Args:
             samples, geometry: one sample or a list, and what `__call__` takes.
@@ -328,7 +335,8 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         given = _without_none(given)
         _check_geometry(given, name)
         own = _without_none({key: sample[key] for key in _GEOMETRY if key in sample})
-        geometry = self._geometry({**given, **own}, name)
+        stored = stored_geometry(sample[kind]) if kind == "features" else {}
+        geometry = self._geometry({**stored, **given, **own}, name)
         for key in given:
             if geometry[key] != given[key]:
                 raise ValueError(
@@ -902,6 +910,11 @@ def _load(path: str | os.PathLike, name: str) -> np.ndarray:
         raise ValueError(f"{name}: there is no file {path}.") from error
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         # (numpy's own words advise to unpickle whatever it does not know)
+        if Path(path).suffix.lower() not in (".npy", ".npz", ".safetensors"):
+            raise ValueError(
+                f"{name}: no file of features (.npy, .npz, .safetensors). Recordings (video, sound, CSV or Parquet of sensors) are "
+                "for the pipelines, or for modeling_convtransformer.features.extract_features."
+            ) from error
         reason = "not in this format, or Python objects" if "pickle" in str(error) else error
         raise ValueError(
             f"{name}: {'it' if name == str(path) else path} is no readable .npy, .npz or .safetensors file of numbers "
@@ -940,6 +953,60 @@ def _load_safetensors(path: str | os.PathLike) -> tuple[list[str], np.ndarray | 
             return keys, _to_array(file.get_tensor(key))
     except SafetensorError as error:
         raise ValueError(str(error)) from error
+
+
+def stored_geometry(values) -> dict[str, float]:
+    """
+    The geometry that a .safetensors file of features has in its metadata (`features.extract_features` writes it); empty for other
+    files and for arrays.
+
+    Raises:
+        ValueError: the metadata is no geometry.
+    """
+    stored = _metadata(values)
+    try:
+        geometry = {key: float(stored[key]) for key in _GEOMETRY if key in stored}
+    except ValueError as error:
+        raise ValueError(f"{values}: its metadata is no geometry ({error}); expected numbers.") from error
+    return {key: int(value) if value.is_integer() else value for key, value in geometry.items()}
+
+
+def stored_encoder(values) -> dict[str, str] | None:
+    """The encoder that made a .safetensors file of features, as in the feature extractor's `encoder`, if its metadata says."""
+    stored = _metadata(values)
+    names = {"encoder": "name", "encoder_revision": "revision", "pooling": "pooling", "dtype": "dtype"}
+    settings = {ours: stored[theirs] for theirs, ours in names.items() if theirs in stored}
+    return settings if "name" in settings else None
+
+
+def _metadata(values) -> dict[str, str]:
+    if not isinstance(values, str | os.PathLike) or Path(values).suffix.lower() != ".safetensors":
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(values, framework="np") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):  # `_load` says more
+        return {}
+
+
+def check_encoder(encoder) -> dict[str, str] | None:
+    """The settings of an encoder, from its name or from a dict.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    if encoder is None:
+        return None
+    settings = {"name": encoder} if isinstance(encoder, str | os.PathLike) else encoder
+    texts = isinstance(settings, Mapping) and all(isinstance(value, str | os.PathLike) for value in settings.values())
+    if not texts or "name" not in settings or set(settings) - set(_ENCODER):
+        raise ValueError(
+            f"encoder is {encoder!r}; expected the name of a model of transformers, such as 'MCG-NJU/videomae-base', or a dict of "
+            f"texts with name and any of {', '.join(_ENCODER[1:])}."
+        )
+    return {key: os.fspath(value) for key, value in settings.items()}
 
 
 def _find_key(keys: list[str]) -> str | None:

@@ -106,7 +106,7 @@ class _Encoder:
     Attributes:
         num_frames, feature_stride: ticks of the clock that a feature covers, and from one to the next, by default.
         fps: ticks a second that the encoder needs; None: any.
-        ticks: which ticks of a window it looks at, None for all.
+        width: of a feature; None: to be seen.
         batch_size: windows at once, by default.
     """
 
@@ -115,6 +115,7 @@ class _Encoder:
 
     def __init__(self, model, name: str, revision: str | None, pooling: str):
         self.model, self.name, self.pooling = model, name, pooling
+        self.width = getattr(model.config, "hidden_size", None)
         self.revision = getattr(model.config, "_commit_hash", None) or revision
         self.fingerprint = _fingerprint_weights(model)
 
@@ -236,7 +237,7 @@ class LogMel:
     num_frames, feature_stride, batch_size = 400, 160, 4096
 
     def __init__(self, bands: int = 64, lowest: float = 125.0, highest: float = 7500.0):
-        self._bands = (bands, lowest, highest)
+        self._bands, self.width = (bands, lowest, highest), bands
 
     def describe(self) -> dict[str, str]:
         return {"encoder": self.name, "bands": "{} {:g} {:g}".format(*self._bands)}

@@ -1,7 +1,10 @@
 """The pipelines "temporal-action-localization" and "moment-retrieval": recordings in, segments in seconds out."""
 
+import importlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +12,20 @@ import torch
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
-from .feature_extraction_convtransformer import _GEOMETRY, _POST_PROCESSING, ConvTransformerFeatureExtractor
+from .feature_extraction_convtransformer import (
+    _GEOMETRY,
+    _POST_PROCESSING,
+    ConvTransformerFeatureExtractor,
+    check_encoder,
+)
 from .processing_convtransformer import ConvTransformerProcessor, check_queries
 
 logger = logging.get_logger(__name__)
 
+# Files of arrays, which the feature extractor reads, and of sensor values; what else is given as a path is video or sound.
+_ARRAYS = (".npy", ".npz", ".safetensors")
+_TABLES = (".csv", ".tsv", ".parquet")
+_OPENING = ("encoder", "columns", *_GEOMETRY)
 _OUTPUTS = ("logits", "pred_segments", "point_mask", "point_levels")
 
 
@@ -29,6 +41,7 @@ class ConvTransformerPipeline(ChunkPipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._encoder = (None, None)
         self._check_model()
         if self.feature_extractor is None:
             self.feature_extractor = self._load_feature_extractor_of_model()
@@ -37,6 +50,77 @@ class ConvTransformerPipeline(ChunkPipeline):
 
     def __call__(self, inputs, **kwargs):
         return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
+
+    def open(
+        self,
+        recording,
+        encoder: str | dict | None = None,
+        columns: Sequence[str] | None = None,
+        **geometry,
+    ) -> dict[str, Any]:
+        """
+        A recording as the model takes it, so that it is read once and used often.
+
+        Args:
+            recording, encoder, columns, geometry: as in `__call__`.
+
+        Returns:
+            `{"features": (time, channels) float32 array, "fps", "feature_stride", "num_frames", "duration"}`, which `__call__`
+            takes in place of the recording.
+
+        Raises:
+            ValueError, ImportError: as `__call__`.
+        """
+        geometry = {key: value for key, value in geometry.items() if value is not None}
+        features, geometry = self.feature_extractor.load(
+            self._read_file(recording, encoder, columns, geometry), geometry=geometry
+        )
+        return {"features": features, **geometry}
+
+    def _read_file(self, recording, encoder, columns, geometry: dict):
+        """What the feature extractor loads: the recording itself, or what is in it if it is a file of another kind."""
+        kind, path, beside = "features", recording, {}
+        if isinstance(recording, Mapping):
+            if "signal" not in recording:
+                return recording
+            kind, path = "signal", recording["signal"]
+            beside = {key: value for key, value in recording.items() if key != "signal"}
+        if not isinstance(path, str | os.PathLike) or Path(path).suffix.lower() in _ARRAYS:
+            return recording
+        wanted = {key: getattr(self.feature_extractor, key) for key in _GEOMETRY[:3]} | {**geometry, **beside}
+        if Path(path).suffix.lower() in _TABLES:
+            signal, fps = _import("recordings").read_signal(path, wanted["fps"], columns)
+            return {"signal": signal, **beside, "fps": fps}
+        if kind == "signal":
+            raise ValueError(f"{path}: no file of sensor values; expected one of {', '.join((*_ARRAYS, *_TABLES))}.")
+        encoder = self._load_encoder(encoder, path)
+        if encoder.width not in (None, self.feature_extractor.feature_size):
+            raise ValueError(
+                f"{path}: {encoder.name} gives features of width {encoder.width}, but the model takes "
+                f"{self.feature_extractor.feature_size}. Choose the encoder whose features the model was trained on."
+            )
+        return _import("features").extract_features(
+            path,
+            encoder,
+            **{key: wanted[key] for key in _GEOMETRY[:3]},
+            progress=logging.is_progress_bar_enabled(),
+        )
+
+    def _load_encoder(self, encoder, path):
+        """The encoder that is given, or else named in preprocessor_config.json; the last one is kept."""
+        if hasattr(encoder, "encode"):
+            return encoder
+        settings = check_encoder(encoder) or self.feature_extractor.encoder
+        if settings is None:
+            raise ValueError(
+                f"{path}: no file of features ({', '.join(_ARRAYS)}), so it takes an encoder to make them, and "
+                "preprocessor_config.json names none. Give the one that the model's training features came from: "
+                "encoder='MCG-NJU/videomae-base', for example."
+            )
+        if self._encoder[0] != settings:
+            loaded = _import("features").load_encoder(**settings, device=self.device)
+            self._encoder = (settings, loaded)
+        return self._encoder[1]
 
     @staticmethod
     def _sort_parameters(before: tuple[str, ...], given: dict) -> tuple[dict, dict, dict]:
@@ -113,9 +197,15 @@ class TemporalActionLocalizationPipeline(ConvTransformerPipeline):
         """
         Args:
             inputs: one recording, or a list, dataset or generator of recordings. A recording is an array (time, channels) of
-                features, the path of a .npy, .npz or .safetensors file of one, or a dict: `features` (array or path) or
-                `signal` (array or path of raw sensor values (samples, channels), for models of raw windows), and any of
-                `fps`, `feature_stride`, `num_frames`, `duration` (seconds) where they differ from the feature extractor's.
+                features, the path of a .npy, .npz or .safetensors file of one, of a video or sound (with an `encoder`), or of a
+                .csv or .parquet table of sensor values (for models of raw windows), or a dict: `features` (array or path) or
+                `signal` (array or path of raw sensor values (samples, channels)), and any of `fps`, `feature_stride`,
+                `num_frames`, `duration` (seconds) where they differ from the feature extractor's.
+            encoder (`str` or `dict`, *optional*): what makes features of a video or of sound, a model of transformers; default:
+                the one that preprocessor_config.json names. It sees the recording at the feature extractor's `fps`,
+                `feature_stride` and `num_frames`. Needs the package `modeling-convtransformer[video]`.
+            columns (`list[str]`, *optional*): the channels in a table of sensor values, in the model's order; default: all
+                but that of times. Values are put on a clock of the feature extractor's `fps` where the table has times.
             threshold (`float`, *optional*): only segments with a score above this; default: all that post-processing keeps.
             top_k (`int`, *optional*): at most this many segments of each recording.
             window (`int`, *optional*): for recordings longer than memory allows: run on windows of this many features,
@@ -138,13 +228,13 @@ class TemporalActionLocalizationPipeline(ConvTransformerPipeline):
         return super().__call__(_as_inputs(inputs), **kwargs)
 
     def _sanitize_parameters(self, **kwargs) -> tuple[dict, dict, dict]:
-        return self._sort_parameters(("window", "overlap", *_GEOMETRY), kwargs)
+        return self._sort_parameters(("window", "overlap", *_OPENING), kwargs)
 
     def preprocess(
-        self, recording, window: int | None = None, overlap: int | None = None, **geometry
+        self, recording, window: int | None = None, overlap: int | None = None, **opening
     ) -> Iterator[dict]:
-        geometry = {key: value for key, value in geometry.items() if value is not None}
-        features, geometry = self.feature_extractor.load(recording, geometry=geometry)
+        geometry = self.open(recording, **opening)
+        features = geometry.pop("features")
         if window is None:
             if overlap is not None:
                 raise ValueError(f"overlap is {overlap!r}, but window is not given; give both, or window alone.")
@@ -299,9 +389,9 @@ class MomentRetrievalPipeline(ConvTransformerPipeline):
         return super().__call__(_as_inputs(inputs), **kwargs)
 
     def _sanitize_parameters(self, **kwargs) -> tuple[dict, dict, dict]:
-        return self._sort_parameters(("queries", *_GEOMETRY), kwargs)
+        return self._sort_parameters(("queries", *_OPENING), kwargs)
 
-    def preprocess(self, recording, queries=None, **geometry) -> Iterator[dict]:
+    def preprocess(self, recording, queries=None, **opening) -> Iterator[dict]:
         if isinstance(recording, Mapping) and "queries" in recording:
             recording = dict(recording)
             queries = recording.pop("queries")
@@ -311,9 +401,9 @@ class MomentRetrievalPipeline(ConvTransformerPipeline):
                 'No queries given: pass a text or a list of texts, find(recording, ["turn the arm outward"]), or a dict with '
                 "`queries` beside its features."
             )
-        geometry = {key: value for key, value in geometry.items() if value is not None}
         (texts,) = check_queries(queries, ["the recording"])
-        features, geometry = self.feature_extractor.load(recording, geometry=geometry)
+        geometry = self.open(recording, **opening)
+        features = geometry.pop("features")
         (ids,) = self._join.tokenize_each([texts], ["the recording"])
         # Queries of several recordings are of different numbers and lengths: they are put together in `_forward`.
         asked = {"texts": texts, "ids": ids, "is_one": isinstance(queries, str)}
@@ -340,6 +430,19 @@ class MomentRetrievalPipeline(ConvTransformerPipeline):
             for query, one in zip(asked["texts"], found, strict=True)
         ]
         return moments[0] if asked["is_one"] else moments
+
+
+def _import(name: str):
+    """A module that reads files and does not travel with checkpoints."""
+    try:
+        return importlib.import_module(f"modeling_convtransformer.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "modeling_convtransformer":
+            raise
+        raise ImportError(
+            "Videos, sound and tables of sensor values are read by the package itself: pip install "
+            '"modeling-convtransformer[video]". (Arrays of features need no package.)'
+        ) from error
 
 
 def _as_texts(queries) -> list[str]:

@@ -295,7 +295,7 @@ def test_every_faulty_feature_file_is_reported(tmp_path):
         "cut_off": "cannot be read",
         "bad_zip": "cannot be read",
         "two_arrays": "it holds the arrays ['a', 'b']",
-        "absent": "there is no v_absent.npy or v_absent.npz in",
+        "absent": "there is no v_absent.npy or v_absent.npz or v_absent.safetensors in",
     }
     assert {*problems} == {*expected}
     for name, text in expected.items():
