@@ -453,6 +453,8 @@ def main():
         set_seed(training.seed)
         feature_extractor = make_feature_extractor(recipe, model_options.checkpoint)
         train_set, val_set, names = load_datasets(data_options, feature_extractor, training.seed)
+        # So that the pipeline of the trained model takes the recordings themselves.
+        feature_extractor.encoder = feature_extractor.encoder or getattr(train_set, "encoder", None)
         model = make_model(recipe, model_options, names)
         if quantization.qat is not None:
             prepare_qat(model, quantization.qat)

@@ -344,14 +344,12 @@ def extract_features(
 
     feature_stride, num_frames = int(feature_stride or encoder.feature_stride), int(num_frames or encoder.num_frames)
     batch_size = int(batch_size or encoder.batch_size)
-    recording = encoder.open(path, fps)
-    description = {
-        **_describe(path, recording.fps, feature_stride, num_frames, recording.duration),
-        **encoder.describe(),
-    }
-    file = _Cache(cache, description, save_every)
+    known = {**_describe(path, fps, feature_stride, num_frames), **encoder.describe()}
+    file = _Cache(cache, known, save_every)
     if file.whole is not None:
-        return _as_sample(file.whole, description)
+        return file.sample()
+    recording = encoder.open(path, fps)
+    file.description |= {"fps": repr(float(recording.fps)), "duration": repr(recording.duration)}
 
     offsets = encoder.ticks(num_frames)
     total = max(0, round(recording.duration * recording.fps) - num_frames) // feature_stride + 1
@@ -373,7 +371,7 @@ def extract_features(
             windows = values[torch.from_numpy(np.searchsorted(ticks, wanted))]
             file.append(encoder.encode(windows).cpu().numpy())
             bar.update(len(starts))
-    return _as_sample(file.finish(), description)
+    return file.finish()
 
 
 def read_features(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
@@ -398,23 +396,25 @@ def _extract_windows(path, fps, feature_stride, num_frames, columns, cache) -> d
             f"{path}: feature_stride and num_frames are missing: how many samples from one window to the next, and how many in "
             "one."
         )
+    known = _describe(path, fps, int(feature_stride), int(num_frames))
+    known |= {"columns": json.dumps(list(columns))} if columns else {}
+    file = _Cache(cache, known)
+    if file.whole is not None:
+        return file.sample()
     signal, fps = read_signal(path, fps, columns)
     if len(signal) < num_frames:
         raise ValueError(
             f"{path}: {len(signal)} samples ({len(signal) / fps:.2f} s); expected at least the {num_frames} of one window."
         )
-    description = _describe(path, fps, int(feature_stride), int(num_frames), len(signal) / fps)
-    description |= {"columns": json.dumps(list(columns))} if columns else {}
-    file = _Cache(cache, description)
-    if file.whole is None:
-        file.append(window_features(signal, int(num_frames), int(feature_stride)))
-    return _as_sample(file.finish() if file.whole is None else file.whole, description)
+    file.description |= {"fps": repr(float(fps)), "duration": repr(len(signal) / fps)}
+    file.append(window_features(signal, int(num_frames), int(feature_stride)))
+    return file.finish()
 
 
-def _describe(path, fps, feature_stride: int, num_frames: int, duration: float) -> dict[str, str]:
-    """The metadata of a file of features. (safetensors holds texts; repr gives a float back exactly.)"""
-    numbers = {"fps": float(fps), "feature_stride": feature_stride, "num_frames": num_frames, "duration": duration}
-    described = {key: repr(value) for key, value in numbers.items()}
+def _describe(path, fps: float | None, feature_stride: int, num_frames: int) -> dict[str, str]:
+    """What is known of features before the recording is opened. (safetensors holds texts; repr gives a float back exactly.)"""
+    described = {"feature_stride": repr(feature_stride), "num_frames": repr(num_frames)}
+    described |= {} if fps is None else {"fps": repr(float(fps))}
     return {**described, "recording": os.path.basename(os.fspath(path)), "recording_sum": _fingerprint_file(path)}
 
 
@@ -430,45 +430,40 @@ class _Cache:
     What is done is saved under `.NAME.part` each `save_every` seconds, or more seldom where saving takes long.
     """
 
-    def __init__(self, path: str | os.PathLike | None, description: dict[str, str], save_every: float = 30.0):
+    def __init__(self, path: str | os.PathLike | None, known: dict[str, str], save_every: float = 30.0):
         self._path = None if path is None else Path(path)
-        self._description, self._save_every = description, save_every
+        self._save_every, self._saved = save_every, time.monotonic()
         self._rows: list[np.ndarray] = []
+        self.description = dict(known)
         self.whole: np.ndarray | None = None
         if self._path is None:
             return
         if self._path.suffix != ".safetensors":
-            raise ValueError(f"{path}: expected a cache that is named .safetensors.")
+            raise ValueError(f"{path}: the cache must be a .safetensors file.")
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._part = self._path.with_name(f".{self._path.name}.part")
         if self._path.exists():
-            self.whole, found = self._read(self._path)
+            sample, found = read_features(self._path)
             if different := self._differences(found):
                 raise ValueError(
                     f"{self._path}: was made in another way ({'; '.join(different)}). Give another name, or remove it."
                 )
+            self.whole, self.description = sample["features"], found
         elif self._part.exists():
             try:
-                rows, found = self._read(self._part)
+                sample, found = read_features(self._part)
             except ValueError:
-                return  # of another program, or of a machine that lost power
-            if not self._differences(found):
-                self._rows.append(rows)
-        self._saved = time.monotonic()
-
-    @staticmethod
-    def _read(path: Path) -> tuple[np.ndarray, dict[str, str]]:
-        sample, description = read_features(path)
-        return sample["features"], description
+                return  # cut off with the machine's power
+            self._rows = [] if self._differences(found) else [sample["features"]]
 
     def _differences(self, found: dict[str, str]) -> list[str]:
-        own = self._description
-        # A repository's name and a folder of the same weights are the same encoder.
-        same = {"recording"} | ({"encoder", "encoder_revision"} if "encoder_weights" in own else set())
-        keys = sorted(({*found} | {*own}) - same)
+        own = self.description
+        # The same weights are the same encoder, whatever it is called; rate and duration are the recording's own, if not given.
+        same = {"recording"} | ({"fps", "duration"} - {*own})
+        same |= {"encoder", "encoder_revision"} if "encoder_weights" in own else set()
         return [
-            f"{key} {found.get(key, 'missing')}, now {own.get(key, 'missing')}"
-            for key in keys
+            f"{key} is {found.get(key, 'missing')}, now {own.get(key, 'missing')}"
+            for key in sorted({*found, *own} - same)
             if found.get(key) != own.get(key)
         ]
 
@@ -478,24 +473,28 @@ class _Cache:
 
     def append(self, rows: np.ndarray):
         self._rows.append(rows)
-        if self._path is not None and time.monotonic() - self._saved >= self._save_every:
-            began = time.monotonic()
+        began = time.monotonic()
+        if self._path is not None and began - self._saved >= self._save_every:
             self._rows = [np.concatenate(self._rows)]
             self._write(self._part)
             self._saved = time.monotonic()
-            self._save_every = max(self._save_every, 20 * (self._saved - began)) if self._save_every else 0.0
+            self._save_every = self._save_every and max(self._save_every, 20 * (self._saved - began))
 
-    def finish(self) -> np.ndarray:
+    def finish(self) -> dict[str, Any]:
         self._rows = [np.concatenate(self._rows)]
         if self._path is not None:
             self._write(self._path)
             self._part.unlink(missing_ok=True)
-        return self._rows[0]
+        self.whole = self._rows[0]
+        return self.sample()
+
+    def sample(self) -> dict[str, Any]:
+        return _as_sample(self.whole, self.description)
 
     def _write(self, path: Path):
         temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
         try:
-            save_file({"features": np.ascontiguousarray(self._rows[0])}, temporary, metadata=self._description)
+            save_file({"features": np.ascontiguousarray(self._rows[0])}, temporary, metadata=self.description)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -24,9 +24,26 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-__all__ = ["SIGNAL_SUFFIXES", "AudioFile", "VideoFile", "read_signal"]
+__all__ = ["AUDIO_SUFFIXES", "SIGNAL_SUFFIXES", "VIDEO_SUFFIXES", "AudioFile", "VideoFile", "read_signal"]
 
-# What `read_signal` reads.
+# What to look for in a folder. (FFmpeg tells by what is in a file; of sensors these are all that can be read.)
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".ts",
+    ".mts",
+    ".m2ts",
+    ".mpg",
+    ".mpeg",
+    ".flv",
+    ".wmv",
+)
+VIDEO_SUFFIXES += (".3gp", ".ogv")
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma")
 SIGNAL_SUFFIXES = (".csv", ".tsv", ".parquet", ".npy", ".npz")
 
 # Containers whose header says how long the recording is, so that a file that ends before can be told.
@@ -57,7 +74,10 @@ class _MediaFile:
     def _open(self):
         if "://" not in self.path:
             if not Path(self.path).is_file():
-                raise ValueError(f"{self.path}: there is no such file.")
+                is_folder = Path(self.path).is_dir()
+                raise ValueError(
+                    f"{self.path}: {'a folder; expected a file' if is_folder else 'there is no such file'}."
+                )
             if Path(self.path).stat().st_size == 0:
                 raise ValueError(f"{self.path}: the file is empty (0 bytes).")
         try:
@@ -195,18 +215,18 @@ class VideoFile(_MediaFile):
         numbers = np.searchsorted(self._times, seconds + self.start_time + _SAME_TIME, side="right") - 1
         numbers, repeats = np.unique(np.maximum(numbers, 0), return_inverse=True)
         try:
-            frames = self._frames.read(self._times[numbers])
-        except RuntimeError as error:
+            frames = self._frames.read(numbers)
+        except (RuntimeError, IndexError) as error:
             if not self._is_auto or isinstance(self._frames, _PyAVFrames):
                 raise
             logger.warning(f"{self.path}: torchcodec gives up or finds other frames ({error}); going on with PyAV.")
             self._frames = _PyAVFrames(self)
-            frames = self._frames.read(self._times[numbers])
+            frames = self._frames.read(numbers)
         return frames[torch.from_numpy(repeats)]
 
 
 class _PyAVFrames:
-    """Frames by their times; decoding goes on where it was, unless a key frame lies on the way."""
+    """Frames by their numbers, rising; decoding goes on where it was, unless a key frame lies on the way."""
 
     def __init__(self, video: VideoFile):
         self._video = video
@@ -218,8 +238,8 @@ class _PyAVFrames:
             )
         self.first = self._coming
 
-    def read(self, times: np.ndarray) -> torch.Tensor:
-        return torch.stack([self._to_tensor(self._frame_at(time)) for time in times])
+    def read(self, numbers: np.ndarray) -> torch.Tensor:
+        return torch.stack([self._to_tensor(self._frame_at(time)) for time in self._video._times[numbers]])
 
     def _frame_at(self, time: float):
         """The last frame that is not after `time`: the one of this time, but where its data is damaged."""
@@ -257,11 +277,12 @@ class _TorchCodecFrames:
         from torchcodec.decoders import VideoDecoder
 
         self._decoder = VideoDecoder(video.path, stream_index=video.stream_index, num_ffmpeg_threads=0)
+        self._times = video._times
 
-    def read(self, times: np.ndarray) -> torch.Tensor:
-        frames = self._decoder.get_frames_played_at((times + _SAME_TIME).tolist())
-        found = frames.pts_seconds.numpy()
-        if (np.abs(found - times) > 2 * _SAME_TIME).any():
+    def read(self, numbers: np.ndarray) -> torch.Tensor:
+        frames = self._decoder.get_frames_at(numbers.tolist())
+        times, found = self._times[numbers], frames.pts_seconds.numpy()
+        if (np.abs(found - times) > _SAME_TIME).any():
             wrong = int(np.abs(found - times).argmax())
             raise RuntimeError(f"the frame of {found[wrong]:.3f} s for that of {times[wrong]:.3f} s")
         return frames.data
@@ -400,10 +421,12 @@ def _read_numpy(path: Path, columns: Sequence[str] | None) -> tuple[np.ndarray, 
     if columns is not None:
         raise ValueError(f"{path}: columns are {list(columns)}, but an array has no names of columns; leave them out.")
     try:
-        with np.load(path, allow_pickle=False) as loaded:
-            arrays = (
-                {"signal": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
-            )
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            arrays = {"signal": loaded}
+        else:
+            with loaded:
+                arrays = {key: loaded[key] for key in loaded.files}
     except (ValueError, OSError, EOFError) as error:
         reason = (
             "Python objects, which are refused because loading them runs code" if "pickle" in str(error) else error
@@ -443,11 +466,12 @@ def _read_csv(path: Path):
     from pyarrow import csv as arrow_csv
 
     with open(path, encoding="utf-8-sig", newline="") as file:
-        head = list(itertools.islice(file, 2))
+        head = list(itertools.islice(file, 100))
     if not head:
         raise ValueError(f"{path}: the file is empty (0 bytes).")
     delimiter = max(",;\t", key=head[0].count)
-    decimal_point = "," if delimiter != "," and head[-1].count(",") > head[-1].count(".") else "."
+    marks = "".join(head[1:])
+    decimal_point = "," if delimiter != "," and marks.count(",") > marks.count(".") else "."
     cells = next(csv.reader(head[:1], delimiter=delimiter))
     has_header = not all(_is_float(cell.replace(decimal_point, ".")) for cell in cells)
     table = arrow_csv.read_csv(
@@ -464,7 +488,7 @@ def _read_csv(path: Path):
 
 
 def _split_times(table, columns: Sequence[str] | None, path: Path, first_line: int):
-    """The column of times as seconds (samples,), or None, and the values (samples, channels)."""
+    """The column of times as seconds from the first (samples,), or None, and the values (samples, channels)."""
     import pyarrow as arrow
 
     names = [name.strip() for name in table.column_names]
@@ -508,12 +532,17 @@ def _to_seconds(column, name: str, path: Path, first_line: int) -> np.ndarray:
         if column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise ValueError(f"{path}: a gap in column {name!r}, {_place(row, first_line)}; expected a time.")
-        return column.cast(arrow.timestamp("ns")).to_numpy().astype(np.int64) / 1e9
+        times = column.cast(arrow.timestamp("ns")).to_numpy().astype(np.int64)
+        return (times - times[0]) / 1e9
     times = _to_numbers(column, name, [name], path, first_line)
     _check_finite(times[:, None], [f"column {name!r}"], path, first_line)
     (unit,) = _unit(name)
+    first, times = (
+        times[0],
+        times - times[0],
+    )  # in whole numbers: nanoseconds since 1970 are too many digits for a float
     if unit is None:
-        unit = next((unit for least, unit in _EPOCHS if times[0] >= least), None)
+        unit = next((unit for least, unit in _EPOCHS if first >= least), None)
     if unit is None:
         step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
         if step >= 0.5:  # sensors give more than two samples a second: milliseconds, or mere numbers of samples
@@ -547,7 +576,7 @@ def _to_numbers(column, name: str, chosen: list[str], path: Path, first_line: in
             f"{path}: column {name!r} has {column.null_count} gaps, the first in {_place(row, first_line)}; expected a number in "
             "each. Fill them, or cut the recording there."
         )
-    return column.cast(arrow.float64()).to_numpy()
+    return column.to_numpy() if arrow.types.is_integer(kind) else column.cast(arrow.float64()).to_numpy()
 
 
 def _check_finite(values: np.ndarray, names: list[str], path: Path, first_line: int):
