@@ -75,10 +75,10 @@ def load_encoder(
         raise ValueError(f"pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}.")
     if name == LOG_MEL:
         return LogMel()
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(dtype, torch.dtype):
+    number = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(number, torch.dtype):
         raise ValueError(f"dtype is {dtype!r}; expected such as 'float32' or 'bfloat16'.")
-    model, info = AutoModel.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True)
+    model, info = AutoModel.from_pretrained(name, revision=revision, dtype=number, output_loading_info=True)
     # Models of two kinds of input: the half that sees or hears.
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
