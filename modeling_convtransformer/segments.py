@@ -752,9 +752,9 @@ def _write_youtube(rows: Rows, duration: float | None = None, gap: str = _GAP) -
 
     YouTube wants the first chapter at 0:00, at least three, rising, each of at least 10 seconds. Chapters fill the video, so
     much is lost: scores, ends (where no segment is, a chapter `gap` begins), fractions of seconds, segments of no length, and
-    overlaps (the segment that began last is shown). A chapter that would begin less than 10 seconds after another begins
-    10 seconds after it, if 10 seconds of it are left then; otherwise the longer one of the two is shown. Spaces at the
-    ends of labels are lost, ends of lines become spaces.
+    overlaps (the segment that began last is shown). Of chapters that begin less than 10 seconds apart, the second is put off
+    if 10 seconds of it are left then; otherwise the longer one is shown, from the start of the first. A gap of less than 10
+    seconds goes to the segment after it. Runs of white space in labels become one space.
 
     Args:
         duration: seconds of the video; default: up to the last end.
@@ -778,7 +778,7 @@ def _write_youtube(rows: Rows, duration: float | None = None, gap: str = _GAP) -
     for time in sorted({0.0, *(row["start"] for row in rows), *(row["end"] for row in rows)}):
         running = [index for index, row in enumerate(rows) if row["start"] <= time < row["end"]]
         shown = max(running, key=lambda index: rows[index]["start"], default=None)
-        if time < last and (not changes or changes[-1][1] != shown):
+        if not changes or (time < last and changes[-1][1] != shown):
             changes.append((time, shown))
 
     chapters = []  # [second, seconds of the segment or 0 for a gap, title]
@@ -787,7 +787,7 @@ def _write_youtube(rows: Rows, duration: float | None = None, gap: str = _GAP) -
         earliest = chapters[-1][0] + _SHORTEST if chapters else 0
         if chapter[0] >= earliest:
             chapters.append(chapter)
-        elif until - earliest >= _SHORTEST:
+        elif chapters[-1][1] and until - earliest >= _SHORTEST:
             chapters.append([earliest, *chapter[1:]])
         elif chapter[1] > chapters[-1][1]:
             chapters[-1][1:] = chapter[1:]
@@ -798,7 +798,6 @@ def _write_youtube(rows: Rows, duration: float | None = None, gap: str = _GAP) -
             chapters.append([latest, length, title])
         elif length > chapters[-1][1]:
             chapters[-1][1:] = length, title
-    chapters = chapters or [[0, 0.0, gap]]
     if len(chapters) < 3:
         warnings.warn(f"YouTube shows chapters where there are three or more; these segments give {len(chapters)}.")
     return "".join(f"{_short_clock(second)} {title}\n" for second, _, title in chapters)
