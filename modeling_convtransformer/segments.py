@@ -4,18 +4,18 @@
     truth = read_segments("labels.txt", "audacity")                  # what a person marked, as rows
     predictions = to_arrays(rows, config.label2id)                   # as evaluation.py and visualization.py take it
 
-Rows are what `pipeline("temporal-action-localization")` gives for a recording: a list of `{"label": str, "score": float,
-"start": float, "end": float}`, times in seconds. Annotated truth has no "score". Other keys of a row are left out. Several
-recordings are `{recording name: rows}`.
+Rows are what `pipeline("temporal-action-localization")` gives for a recording: a list of `{"label": str, "score":
+float, "start": float, "end": float}`, times in seconds. Annotated truth has no "score". Other keys of a row are left
+out. Several recordings are `{recording name: rows}`.
 
 What was written comes back in the same shape: a list for one recording without a name, a dict `{recording name: rows}`
-where the text names its recordings. So "audacity", "webvtt", "youtube" and "elan" always give a list, "activitynet" always
-a dict, "json" and "csv" what they were written from (in CSV the column "recording" decides).
+where the text names its recordings. So "audacity", "webvtt", "youtube" and "elan" always give a list, "activitynet"
+always a dict, "json" and "csv" what they were written from (in CSV the column "recording" decides).
 
-"json", "csv" and "activitynet" keep the order of the rows and every float exactly. The others are written in order of start,
-with rounded times, and without scores unless `with_scores=True`. A label that a format cannot hold is refused, never changed
-("youtube" alone loses more; its writer says what). Bad input is a ValueError that names the line or the recording and the
-index of the segment, counted from 0.
+"json", "csv" and "activitynet" keep the order of the rows and every float exactly. The others are written in order of
+start, with rounded times, and without scores unless `with_scores=True`. A label that a format cannot hold is refused,
+never changed ("youtube" alone loses more; its writer says what). Bad input is a ValueError that names the line or the
+recording and the index of the segment, counted from 0.
 """
 
 import csv
@@ -77,8 +77,8 @@ def format_segments(segments: Segments, format: str, **options) -> str:
     """The text of segments in a format.
 
     Args:
-        segments: rows of one recording, or `{recording name: rows}`. For a format of one recording the dict may hold one
-            entry, whose name is lost.
+        segments: rows of one recording, or `{recording name: rows}`. For a format of one recording the dict may hold
+            one entry, whose name is lost.
         format: a key of `FORMATS`.
         options: those of the format's writer, e.g. `with_scores` ("audacity", "webvtt", "elan"), `tier` ("elan"),
             `duration` and `gap` ("youtube"), `kind`, `recording`, `subset`, `durations` ("activitynet").
@@ -110,8 +110,8 @@ def parse_segments(text: str, format: str, **options) -> Segments:
             `duration` and `gap` ("youtube"), `subset` ("activitynet").
 
     Raises:
-        ValueError: an unknown format or option, or a text that is not in the format. Names the line, or the recording and
-            the index of the segment.
+        ValueError: an unknown format or option, or a text that is not in the format. Names the line, or the recording
+            and the index of the segment.
     """
     entry = _entry(format)
     if entry.read is None:
@@ -180,8 +180,8 @@ def to_rows(arrays: Mapping, id2label: Mapping[int, str]) -> Segments:
     """Predictions or truth as rows.
 
     Args:
-        arrays: `{"segments": (N, 2) seconds, "labels": (N,) class ids, "scores": (N,) if there are any}` (arrays, lists or
-            CPU tensors; other keys are left out), or `{recording name: such a dict}`.
+        arrays: `{"segments": (N, 2) seconds, "labels": (N,) class ids, "scores": (N,) if there are any}` (arrays, lists
+            or CPU tensors; other keys are left out), or `{recording name: such a dict}`.
         id2label: names of the classes, e.g. `config.id2label`.
 
     Returns:
@@ -224,8 +224,8 @@ def to_arrays(segments: Segments, label2id: Mapping[str, int]) -> dict:
         label2id: class ids of the names, e.g. `config.label2id`.
 
     Returns:
-        `{"segments": (N, 2) float64 seconds, "labels": (N,) int64, "scores": (N,) float64}`, or a dict of these by recording.
-        Without "scores" if the rows have none.
+        `{"segments": (N, 2) float64 seconds, "labels": (N,) int64, "scores": (N,) float64}`, or a dict of these by
+        recording. Without "scores" if the rows have none.
 
     Raises:
         ValueError: what is not rows; a label without id; scores in some rows of a recording only.
@@ -421,7 +421,7 @@ def _write_json(segments: Segments) -> str:
 
 
 def _read_json(text: str) -> Segments:
-    """The pipeline's rows, or `{name: rows}`. A row may hold "segment": [start, end] in the place of "start" and "end"."""
+    """The pipeline's rows, or `{name: rows}`. A row may hold "segment": [start, end] in place of "start" and "end"."""
     content = _from_json(text)
     if isinstance(content, list):
         return _json_rows(content, "")
@@ -483,9 +483,11 @@ _COLUMNS = {  # without case, spaces, "-" and "_"
 
 
 def _write_csv(segments: Segments) -> str:
-    """A header, then a line for each segment (RFC 4180); floats and labels exact, the score is empty where there is none.
+    """A header, then a line for each segment (RFC 4180); floats and labels exact, the score is empty where there is
+    none.
 
-    The column "recording" is there for `{name: rows}`. A recording without segments is a line with nothing but its name.
+    The column "recording" is there for `{name: rows}`. A recording without segments is a line with nothing but its
+    name.
     """
     named = isinstance(segments, dict)
     buffer = io.StringIO(newline="")
@@ -501,9 +503,10 @@ def _write_csv(segments: Segments) -> str:
 
 
 def _read_csv(text: str) -> Segments:
-    """CSV with a header: label, start, end and, if there, recording and score, in any order, under common names (such as
-    video-id, t-start, t-end); other columns are left out. The header says what separates the cells: a comma, semicolon
-    or tab. Beside semicolons and tabs, numbers may have a decimal comma, as spreadsheets in many languages write them.
+    """CSV with a header: label, start, end and, if there, recording and score, in any order, under common names (such
+    as video-id, t-start, t-end); other columns are left out. The header says what separates the cells: a comma,
+    semicolon or tab. Beside semicolons and tabs, numbers may have a decimal comma, as spreadsheets in many languages
+    write them.
     """
     first, _, rest = text.partition("\n")
     skipped = 0
@@ -554,7 +557,7 @@ def _columns(header: list[str], where: str) -> dict[str, int]:
             if plain in names:
                 if column in columns:
                     raise ValueError(
-                        f"{where}: the columns {header[columns[column]]!r} and {name!r} are both the {column}. Keep one."
+                        f"{where}: {header[columns[column]]!r} and {name!r} are both the {column}; keep one."
                     )
                 columns[column] = index
     missing = [column for column in ("label", "start", "end") if column not in columns]
@@ -581,9 +584,7 @@ def _lines(text: str) -> list[str]:
 def _check_label(label: str, forbidden: str, format: str):
     found = [character for character in forbidden if character in label]
     if found:
-        raise ValueError(
-            f"{format} cannot hold the label {_short(label)}: {found[0]!r} would end it. Rename the label, or use JSON or CSV."
-        )
+        raise ValueError(f"{format} cannot hold {found[0]!r}, as in {_short(label)}. Rename it, or use JSON or CSV.")
 
 
 def _caption(row: dict, with_scores: bool) -> str:
@@ -598,8 +599,8 @@ def _caption(row: dict, with_scores: bool) -> str:
 
 
 def _uncaption(text: str, with_scores: bool, where: str) -> tuple[str, float | None]:
-    """The label and the score of a caption. Only what `with_scores` appended is taken off, so that a label which itself ends
-    in a number keeps it."""
+    """The label and the score of a caption. Only what `with_scores` appended is taken off, so that a label which itself
+    ends in a number keeps it."""
     if not with_scores:
         return text, None
     label, space, score = text.rpartition(" ")
@@ -629,8 +630,8 @@ def _seconds(hours: str | None, minutes: str, seconds: str, milliseconds: str = 
 
 
 def _write_audacity(rows: Rows, with_scores: bool = False) -> str:
-    """A label track as Audacity exports and imports it: start, end, label, separated by tabs; six decimals. A label cannot
-    hold tabs and ends of lines.
+    """A label track as Audacity exports and imports it: start, end, label, separated by tabs; six decimals. A label
+    cannot hold tabs and ends of lines.
 
     Args:
         with_scores: append a space and the score (four decimals) to the label.
@@ -643,8 +644,8 @@ def _write_audacity(rows: Rows, with_scores: bool = False) -> str:
 
 
 def _read_audacity(text: str, with_scores: bool = False) -> Rows:
-    """A label track that Audacity exported. Frequency ranges (lines that begin with a backslash) are left out. A label at a
-    point is a segment of length 0; so is the "start, label" of Audacity 1.2.
+    """A label track that Audacity exported. Frequency ranges (lines that begin with a backslash) are left out. A label
+    at a point is a segment of length 0; so is the "start, label" of Audacity 1.2.
 
     Args:
         with_scores: the labels end in a space and a score, as `with_scores` writes them.
@@ -681,8 +682,8 @@ _CUE_TIME = re.compile(r"(?:(\d+):)?([0-5]\d):([0-5]\d)\.(\d{3})", re.ASCII)
 def _write_webvtt(rows: Rows, with_scores: bool = False) -> str:
     """WebVTT, a cue for each segment, whose text is the label: chapters or metadata of a `<track>`.
 
-    Times are rounded to a millisecond; a segment that would have no length gets one. "&", "<" and ">" are escaped. A label
-    of several lines stays so; empty lines, which would end the cue, and "\\r" and NUL cannot be held.
+    Times are rounded to a millisecond; a segment that would have no length gets one. "&", "<" and ">" are escaped. A
+    label of several lines stays so; empty lines, which would end the cue, and "\\r" and NUL cannot be held.
 
     Args:
         with_scores: append a space and the score (four decimals) to the label.
@@ -693,8 +694,8 @@ def _write_webvtt(rows: Rows, with_scores: bool = False) -> str:
         text = _caption(row, with_scores)
         if text and "" in text.split("\n"):
             raise ValueError(
-                f"WebVTT cannot hold the label {_short(row['label'])}: an empty line would end its cue. Rename the label, "
-                "or use JSON or CSV."
+                f"WebVTT cannot hold the label {_short(row['label'])}: an empty line would end its cue. Rename it, or "
+                "use JSON or CSV."
             )
         start, end = _milliseconds(row)
         payload = html.escape(text, quote=False) + "\n" if text else ""
@@ -703,8 +704,8 @@ def _write_webvtt(rows: Rows, with_scores: bool = False) -> str:
 
 
 def _read_webvtt(text: str, with_scores: bool = False) -> Rows:
-    """The cues of a WebVTT file (https://www.w3.org/TR/webvtt1/). Ids, settings, tags such as `<v Name>`, and the blocks NOTE,
-    STYLE and REGION are left out.
+    """The cues of a WebVTT file (https://www.w3.org/TR/webvtt1/). Ids, settings, tags such as `<v Name>`, and the
+    blocks NOTE, STYLE and REGION are left out.
 
     Args:
         with_scores: the labels end in a space and a score, as `with_scores` writes them.
@@ -750,11 +751,12 @@ _GAP = "…"
 def _write_youtube(rows: Rows, duration: float | None = None, gap: str = _GAP) -> str:
     """Chapters for the description of a YouTube video: lines such as `1:02:45 Title`.
 
-    YouTube wants the first chapter at 0:00, at least three, rising, each of at least 10 seconds. Chapters fill the video, so
-    much is lost: scores, ends (where no segment is, a chapter `gap` begins), fractions of seconds, segments of no length, and
-    overlaps (the segment that began last is shown). Of chapters that begin less than 10 seconds apart, the second is put off
-    if 10 seconds of it are left then; otherwise the longer one is shown, from the start of the first. A gap of less than 10
-    seconds goes to the segment after it. Runs of white space in labels become one space.
+    YouTube wants the first chapter at 0:00, at least three, rising, each of at least 10 seconds. Chapters fill the
+    video, so much is lost: scores, ends (where no segment is, a chapter `gap` begins), fractions of seconds, segments
+    of no length, and overlaps (the segment that began last is shown). Of chapters that begin less than 10 seconds
+    apart, the second is put off if 10 seconds of it are left then; otherwise the longer one is shown, from the start of
+    the first. A gap of less than 10 seconds goes to the segment after it. Runs of white space in labels become one
+    space.
 
     Args:
         duration: seconds of the video; default: up to the last end.
@@ -809,8 +811,8 @@ def _short_clock(second: int) -> str:
 
 
 def _read_youtube(text: str, duration: float | None = None, gap: str | None = _GAP) -> Rows:
-    """Chapters in the description of a YouTube video, each from its start to the next one's. Lines that do not begin with
-    a time are left out.
+    """Chapters in the description of a YouTube video, each from its start to the next one's. Lines that do not begin
+    with a time are left out.
 
     Args:
         duration: seconds of the video, where the last chapter ends; needed.
@@ -830,7 +832,11 @@ def _read_youtube(text: str, duration: float | None = None, gap: str | None = _G
             starts.append((start, number, line, match[4]))
     if not starts:
         raise ValueError('found no chapter, expected lines such as "0:00 Title".')
-    ends = [start for start, *_ in starts[1:]] + [_number(duration, "duration", "options")]
+    if _number(duration, "duration", "options") < starts[-1][0]:
+        raise ValueError(
+            f"line {starts[-1][1]}: a chapter begins at {starts[-1][0]} s, but the duration is {duration} s."
+        )
+    ends = [start for start, *_ in starts[1:]] + [float(duration)]
     return [
         _row(title, start, end, None, f"line {number}")
         for (start, number, _, title), end in zip(starts, ends, strict=True)
@@ -850,11 +856,12 @@ _ELAN_TIMECODES = re.compile(r"\d+:\d\d:\d\d[:;]\d\d", re.ASCII)
 
 
 def _write_elan(rows: Rows, tier: str = "segments", with_scores: bool = False) -> str:
-    """Tab-delimited text as ELAN exports it, without a header: tier, begin, end, duration (hh:mm:ss.ms), annotation. ELAN
-    takes it with File > Import > CSV / Tab-delimited Text File.
+    """Tab-delimited text as ELAN exports it, without a header: tier, begin, end, duration (hh:mm:ss.ms), annotation.
+    ELAN takes it with File > Import > CSV / Tab-delimited Text File.
 
-    Times are rounded to a millisecond; a segment that would have no length gets one. Annotations of a tier cannot overlap in
-    ELAN, so that overlapping segments go to further tiers, "segments-2" and so on. A label cannot hold tabs and ends of lines.
+    Times are rounded to a millisecond; a segment that would have no length gets one. Annotations of a tier cannot
+    overlap in ELAN, so that overlapping segments go to further tiers, "segments-2" and so on. A label cannot hold tabs
+    and ends of lines.
 
     Args:
         tier: name of the tier.
@@ -876,8 +883,8 @@ def _write_elan(rows: Rows, tier: str = "segments", with_scores: bool = False) -
 
 def _read_elan(text: str, tier: str | None = None, with_scores: bool = False) -> Rows:
     """Tab-delimited text that ELAN exported: a line for each annotation (no header; tier, perhaps participant, times,
-    annotation), or a column for each tier (with a header). Begin and end in hh:mm:ss.ms or ss.msec are read, with a header
-    also msec; durations and time codes of video frames are left out.
+    annotation), or a column for each tier (with a header). Begin and end in hh:mm:ss.ms or ss.msec are read, with a
+    header also msec; durations and time codes of video frames are left out.
 
     Args:
         tier: read the annotations of this tier; default: of all. (Without a header: the first column.)
@@ -927,8 +934,8 @@ def _elan_kind(cells: Sequence[str]) -> str | None:
 
 
 def _elan_columns(table: list[list[str]], number: int) -> tuple[str, int, int, int]:
-    """The time format and the columns of begin, end and annotation where no header names them. ELAN writes all begins, then
-    all ends, then all durations, then the annotation; text in the last column only, whatever it looks like."""
+    """The time format and the columns of begin, end and annotation where no header names them. ELAN writes all begins,
+    then all ends, then all durations, then the annotation; text in the last column only, whatever it looks like."""
     columns = list(zip(*table, strict=True))
     kinds = [
         "time code" if all(map(_ELAN_TIMECODES.fullmatch, column)) else _elan_kind(column) for column in columns[:-1]
@@ -941,14 +948,14 @@ def _elan_columns(table: list[list[str]], number: int) -> tuple[str, int, int, i
                 label += 1
             return kind, found[0], found[1], label
     raise ValueError(
-        f"line {number}: found no columns of begin and end. Expected tier, begin, end, duration, annotation with tabs between "
-        "them, times as hh:mm:ss.ms or ss.msec (tick one of them in ELAN's export)."
+        f"line {number}: found no columns of begin and end. Expected tier, begin, end, duration, annotation with tabs "
+        "between them, times as hh:mm:ss.ms or ss.msec (tick one of them in ELAN's export)."
     )
 
 
 def _elan_header(header: list[str]) -> tuple[str, int, int] | None:
-    """The time format and the columns of begin and end, if the line is a header. Its words are in the language of ELAN, the time
-    formats are not."""
+    """The time format and the columns of begin and end, if the line is a header. Its words are in the language of ELAN,
+    the time formats are not."""
     if any(_elan_kind([cell]) in ("hh:mm:ss.ms", "ss.msec") for cell in header):
         return None
     for kind in _ELAN_KINDS:
@@ -963,7 +970,7 @@ def _elan_header(header: list[str]) -> tuple[str, int, int] | None:
 
 
 def _elan_texts(header: list[str]) -> dict[int, int | None]:
-    """{column of annotations: column of the names of their tiers, -1 if the header names the tier, None if nothing does}."""
+    """{column of annotations: column of their tiers' names, -1 if the header names the tier, None if nothing does}."""
     plain = [name.strip().lower() for name in header]
     if "annotation" in plain:
         return {plain.index("annotation"): plain.index("tier") if "tier" in plain else None}

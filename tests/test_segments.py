@@ -6,12 +6,14 @@ import json
 import math
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modeling_convtransformer.data import validate_annotations
 from modeling_convtransformer.evaluation import evaluate_detections
 from modeling_convtransformer.segments import (
     FORMATS,
@@ -253,6 +255,14 @@ def test_activitynet_is_written_as_its_evaluation_reads_it():
     }
 
 
+def test_activitynet_truth_is_what_the_data_sets_read(tmp_path):
+    durations = {"a": 30.0, "b": 5.0}
+    path = write_segments(
+        tmp_path / "truth.json", {"a": TRUTH, "b": []}, "activitynet", subset="training", durations=durations
+    )
+    assert validate_annotations(path) == []
+
+
 def test_rows_with_segments_as_pairs():
     text = '[{"segment": [1, 2.5], "label": "a"}]'
     assert parse_segments(text, "json") == [{"label": "a", "start": 1.0, "end": 2.5}]
@@ -346,8 +356,10 @@ Requirements of a Video text format
 
 def test_webvtt_with_all_that_is_left_out():
     text = (
-        "\ufeffWEBVTT - a title\r\nKind: captions\r\n\r\nSTYLE\r\n::cue { color: lime }\r\n\r\nREGION\r\nid:fred\r\n\r\n"
-        "00:11.000 --> 00:13.000 align:start position:50%\r\n<v Roger Bingham>We are in <b>New York</b> &amp; City\r\n\r\n"
+        "\ufeffWEBVTT - a title\r\nKind: captions\r\n\r\n"
+        "STYLE\r\n::cue { color: lime }\r\n\r\nREGION\r\nid:fred\r\n\r\n"
+        "00:11.000 --> 00:13.000 align:start position:50%\r\n"
+        "<v Roger Bingham>We are in <b>New York</b> &amp; City\r\n\r\n"
         "NOTE one line\r\n\r\n1\r\n100:00:00.000\t-->\t100:00:01.500\r\n- a &lt; b\r\n- c --&gt; d&nbsp;e\r\n\r\n"
         "00:14.000 --> 00:15.000\r\n\r\n"
     )
@@ -379,7 +391,7 @@ def test_ffprobe_reads_webvtt(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        # Without a header, with tier and (empty) participant: hh:mm:ss.ms, ss.msec and both, as ELAN's dialog offers them.
+        # Without a header, with tier and (empty) participant: hh:mm:ss.ms, ss.msec, and both.
         "gesture\t\t00:00:00.780\t00:00:01.340\t00:00:00.560\tpoint left\n"
         "gesture\t\t00:01:02.005\t00:01:03.000\t00:00:00.995\twave\n",
         "gesture\t\t0.78\t1.34\t0.56\tpoint left\ngesture\t\t62.005\t63.0\t0.995\twave\n",
@@ -390,7 +402,8 @@ def test_ffprobe_reads_webvtt(tmp_path):
         "Begin Time - hh:mm:ss.ms\tEnd Time - hh:mm:ss.ms\tDuration - hh:mm:ss.ms\tgesture\tspeech\n"
         "00:00:00.780\t00:00:01.340\t00:00:00.560\tpoint left\t\n"
         "00:01:02.005\t00:01:03.000\t00:00:00.995\twave\t\n\n",
-        "Anfangszeit - msec\tEndzeit - msec\tDauer - msec\tgesture\n780\t1340\t560\tpoint left\n62005\t63000\t995\twave\n",
+        "Anfangszeit - msec\tEndzeit - msec\tDauer - msec\tgesture\n"
+        "780\t1340\t560\tpoint left\n62005\t63000\t995\twave\n",
         # A header by hand.
         "Tier\tBegin Time\tEnd Time\tDuration\tAnnotation\n"
         "gesture\t00:00:00.780\t00:00:01.340\t00:00:00.560\tpoint left\ngesture\t62.005\t63\t0.995\twave\n",
@@ -459,7 +472,7 @@ def test_youtube_description():
         ("activitynet", '{"results": {"a": [{"segment": [1, 2]}]}}', "recording 'a', segment 0: found"),
         ("csv", "", "line 1: the file is empty"),
         ("csv", "label,start\na,1\n", "line 1: no column for end among"),
-        ("csv", "label,start,t-start,end\n", "line 1: the columns 'start' and 't-start' are both the start"),
+        ("csv", "label,start,t-start,end\n", "line 1: 'start' and 't-start' are both the start"),
         ("csv", 'label,start,end\n"a\nb",1,2\nc,1\n', "line 4: found 2 cells, expected 3"),
         ("csv", "label,start,end\na,1,two\n", "line 2: end must be a number, found 'two'"),
         ("csv", "label,start,end\na,,2\n", "line 2: start is empty"),
@@ -474,6 +487,7 @@ def test_youtube_description():
         ("webvtt", "WEBVTT\n\n00:01.000 --> \na\n", "line 3: the end of the cue is ''"),
         ("webvtt", "WEBVTT\n\n00:02.000 --> 00:01.000\na\n", "line 3: the segment ends before it starts"),
         ("youtube", "0:00 a\n0:30 b\n0:20 c\n", "line 3: chapters must rise, found '0:20 c' after '0:30 b'"),
+        ("youtube", "0:00 a\n1:41 b\n", "line 2: a chapter begins at 101.0 s, but the duration is 100 s"),
         ("youtube", "hello", 'expected lines such as "0:00 Title"'),
         ("elan", "a\t00:00:01.000\t00:00:02.000\tx\na\tb\n", "line 2: found 2 cells, expected 4 as in line 1"),
         ("elan", "a\t1000\t2000\t1000\tx\n", "line 1: found no columns of begin and end"),
@@ -503,10 +517,10 @@ def test_bad_text(format, text, message):
         ("json", [{"label": "\ud800", "start": 0.0, "end": 1.0}], {}, "segment 0: .* half of a surrogate pair"),
         ("json", {"segments": [[0, 1]], "labels": [0]}, {}, "recording 'segments', segment 0: found"),
         ("json", {"segments": np.zeros((1, 2))}, {}, "become rows with to_rows"),
-        ("audacity", [{"label": "a\tb", "start": 0.0, "end": 1.0}], {}, r"label 'a\\tb': '\\t' would end it"),
-        ("elan", [{"label": "a\nb", "start": 0.0, "end": 1.0}], {}, r"label 'a\\nb': '\\n' would end it"),
+        ("audacity", [{"label": "a\tb", "start": 0.0, "end": 1.0}], {}, r"cannot hold '\\t', as in 'a\\tb'"),
+        ("elan", [{"label": "a\nb", "start": 0.0, "end": 1.0}], {}, r"cannot hold '\\n', as in 'a\\nb'"),
         ("elan", [], {"tier": "00:00:01.000"}, "the tier needs a name"),
-        ("webvtt", [{"label": "a\rb", "start": 0.0, "end": 1.0}], {}, r"'\\r' would end it"),
+        ("webvtt", [{"label": "a\rb", "start": 0.0, "end": 1.0}], {}, r"WebVTT cannot hold '\\r'"),
         (
             "webvtt",
             TRUTH,
@@ -514,6 +528,7 @@ def test_bad_text(format, text, message):
             "with_scores needs a score in every row; the segment 'press' at 3.0 s",
         ),
         ("youtube", [{"label": " ", "start": 0.0, "end": 1.0}], {}, "the label ' ' cannot be a chapter"),
+        ("youtube", [{"label": "a < b", "start": 0.0, "end": 1.0}], {}, "A YouTube description cannot hold '<'"),
         ("youtube", ROWS, {"duration": 20}, "the duration is 20 seconds, but a segment ends at 20.5"),
     ],
 )
@@ -533,6 +548,17 @@ def test_with_scores_refuses_labels_without_a_score():
 
 
 # Files
+
+
+def test_documentation_has_all_formats():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "segments.md").read_text(encoding="utf-8")
+    for name, entry in FORMATS.items():
+        (line,) = [line for line in page.splitlines() if line.startswith(f'| `"{name}"`')]
+        _, _, suffix, recordings, _times, scores, labels, _ = [cell.strip() for cell in line.split("|")]
+        assert suffix == entry.suffix
+        assert ("several" in recordings) == entry.recordings
+        assert scores.startswith("exact") == entry.scores
+        assert (labels == "any") == entry.labels
 
 
 @pytest.mark.parametrize("format", sorted(set(FORMATS) - {"youtube"}))
