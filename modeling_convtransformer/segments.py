@@ -794,7 +794,7 @@ def _write_youtube(rows: Rows, duration: float | None = None, gap: str = _GAP) -
         elif chapter[1] > chapters[-1][1]:
             chapters[-1][1:] = chapter[1:]
     latest = math.floor(last) - _SHORTEST
-    if len(chapters) > 1 and chapters[-1][0] > latest:
+    while len(chapters) > 1 and chapters[-1][0] > latest:
         _, length, title = chapters.pop()
         if length and latest - chapters[-1][0] >= _SHORTEST:
             chapters.append([latest, length, title])

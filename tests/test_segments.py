@@ -66,12 +66,12 @@ TIMES = st.floats(0, 1e6, allow_nan=False) | st.integers(0, 10**9).map(lambda va
 SCORES = st.floats(-1e6, 1e6, allow_nan=False)
 
 
-def rows_of(labels, scores=st.none()):  # noqa: B008 - a strategy holds no state
+def rows_of(labels, scores=st.none(), times=TIMES):  # noqa: B008 - a strategy holds no state
     def row(values):
         label, times, score = values
         return {"label": label, **({} if score is None else {"score": score}), "start": min(times), "end": max(times)}
 
-    return st.lists(st.tuples(labels, st.tuples(TIMES, TIMES), scores).map(row), max_size=5)
+    return st.lists(st.tuples(labels, st.tuples(times, times), scores).map(row), max_size=5)
 
 
 MANY = st.dictionaries(ANY_LABELS, rows_of(ANY_LABELS, SCORES | st.none()), max_size=3)
@@ -170,7 +170,7 @@ def test_youtube_keeps_what_are_chapters_already(rows):
 
 
 @pytest.mark.filterwarnings("ignore:YouTube shows chapters")
-@given(rows=rows_of(st.sampled_from("abcd")), extra=st.floats(0, 100))
+@given(rows=rows_of(st.sampled_from("abcd"), times=st.floats(0, 90)), extra=st.floats(0, 100))
 @QUICK
 def test_youtube_rules_hold(rows, extra):
     duration = max((row["end"] for row in rows), default=0.0) + extra
@@ -574,6 +574,13 @@ def test_chapters_are_found_by_content(tmp_path):
     path = tmp_path / "description.txt"
     path.write_text("Hello\n0:00 a\n0:10 b\n0:30 c\n", encoding="utf-8")
     assert [row["label"] for row in read_segments(path, duration=60)] == ["a", "b", "c"]
+
+
+def test_nothing_temporary_is_left_where_writing_fails(tmp_path):
+    (tmp_path / "cues.vtt").mkdir()
+    with pytest.raises(OSError, match="cues"):
+        write_segments(tmp_path / "cues.vtt", ROWS)
+    assert [file.name for file in tmp_path.iterdir()] == ["cues.vtt"]
 
 
 def test_errors_name_the_file(tmp_path):
