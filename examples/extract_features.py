@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -31,12 +31,11 @@ from modeling_convtransformer import ConvTransformerFeatureExtractor
 from modeling_convtransformer.features import extract_features, load_encoder
 from modeling_convtransformer.recordings import AUDIO_SUFFIXES, SIGNAL_SUFFIXES, VIDEO_SUFFIXES
 
-# Of the process that extracts.
-encoder = None
+encoder = None  # of the process that extracts
 
 
 def start(settings: dict | None, device: str, threads: int, numbers):
-    """In each process: its own encoder, on a GPU of its own where there are several."""
+    """In each of several processes: its own encoder, on a GPU of its own where there are several."""
     global encoder
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
@@ -79,38 +78,40 @@ def find(folder: Path, output: Path, suffixes: tuple[str, ...]) -> list[tuple[Pa
     return list(zip(files, targets, strict=True))
 
 
-def run(todo: list[tuple[Path, Path]], pool: ProcessPoolExecutor, options, settings: dict) -> list[tuple[Path, str]]:
-    """Extracts all, and what others had begun and did not end; returns what failed."""
-    failed, counts, turns = [], Counter(), Counter()
-    locks = options.output / ".locks"
-    waiting = {pool.submit(extract, *one, locks, settings): one for one in todo[: 2 * options.workers]}
-    rest = iter(todo[2 * options.workers :])
-    with tqdm(total=len(todo), unit="recording") as bar:
-        while waiting:
-            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in finished:
-                one = waiting.pop(future)
-                state, reason = future.result()
-                if state == "taken":  # look again later: the process that has it may be killed
-                    turns[one] += 1
-                    if turns[one] == 1:
-                        bar.write(f"{one[0]}: another run has it")
-                    waiting[pool.submit(wait_and_extract, *one, locks, settings)] = one
-                    continue
+def results(batch: list[tuple[Path, Path]], pool: ProcessPoolExecutor | None, locks: Path, settings: dict):
+    """Each recording and what became of it, as they are done."""
+    if pool is None:
+        for one in batch:
+            yield one, extract(*one, locks, settings)
+        return
+    futures = {pool.submit(extract, *one, locks, settings): one for one in batch}
+    for future in as_completed(futures):
+        yield futures.pop(future), future.result()
+
+
+def run(
+    batch: list[tuple[Path, Path]], pool: ProcessPoolExecutor | None, output: Path, settings: dict
+) -> list[tuple[Path, str]]:
+    """Extracts all, and what other runs had begun and did not end; returns what failed."""
+    failed, counts = [], Counter()
+    with tqdm(total=len(batch), unit="recording") as bar:
+        while batch:
+            taken = []
+            for one, (state, reason) in results(batch, pool, output / ".locks", settings):
                 counts[state] += 1
+                if state == "taken":
+                    taken.append(one)
+                    continue
                 bar.update()
                 if state == "failed":
                     failed.append((one[0], reason))
                     bar.write(f"failed: {reason}")
-                if (following := next(rest, None)) is not None:
-                    waiting[pool.submit(extract, *following, locks, settings)] = following
+            if taken and len(taken) == counts["taken"]:
+                bar.write(f"{len(taken)} are in the hands of another run, such as {taken[0][0]}; waiting for it")
+            time.sleep(2 if taken else 0)
+            batch = taken
     print(f"{counts['done']} extracted, {counts['there already']} were there already, {len(failed)} failed")
     return failed
-
-
-def wait_and_extract(path: Path, target: Path, locks: Path, settings: dict) -> tuple[str, str]:
-    time.sleep(2)
-    return extract(path, target, locks, settings)
 
 
 def parse():
@@ -140,6 +141,7 @@ def parse():
 
 
 def main():
+    global encoder
     parser, options = parse()
     if not options.folder.is_dir():
         parser.error(f"there is no folder {options.folder}")
@@ -162,8 +164,9 @@ def main():
         spec = {name: value for name, value in spec.items() if value is not None}
         if spec and "name" not in spec:
             parser.error(f"--{next(iter(spec))} is of an encoder; give --encoder")
-        threads = max(1, (os.cpu_count() or 1) // options.workers)
-        kind = load_encoder(**spec, device="cpu").kind if spec else "signal"  # and whether it can be loaded at all
+        if spec:  # (several processes have each their own: this one is to see that there is such an encoder)
+            encoder = load_encoder(**spec, device=options.device if options.workers == 1 else "cpu")
+        kind = encoder.kind if spec else "signal"
         suffixes = {"video": VIDEO_SUFFIXES, "audio": AUDIO_SUFFIXES + VIDEO_SUFFIXES, "signal": SIGNAL_SUFFIXES}[kind]
         if not spec and None in (settings["feature_stride"], settings["num_frames"]):
             parser.error("give --encoder for videos or sound, or --num_frames and --feature_stride for sensor files")
@@ -171,17 +174,22 @@ def main():
     except (ValueError, OSError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
 
-    settings["progress"] = False
-    context = multiprocessing.get_context("spawn")
-    arguments = (spec or None, options.device, threads, context.Value("i", 0))
-    with ProcessPoolExecutor(options.workers, mp_context=context, initializer=start, initargs=arguments) as pool:
-        try:
-            failed = run(todo, pool, options, settings)
-        except BrokenProcessPool:
-            sys.exit("A process was killed, perhaps because memory ran out (see --workers). The same command goes on.")
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            sys.exit("Stopped. The same command goes on.")
+    settings["progress"] = options.workers == 1
+    pool = None
+    if options.workers > 1:
+        encoder, context = None, multiprocessing.get_context("spawn")
+        threads = max(1, (os.cpu_count() or 1) // options.workers)
+        arguments = (spec or None, options.device, threads, context.Value("i", 0))
+        pool = ProcessPoolExecutor(options.workers, mp_context=context, initializer=start, initargs=arguments)
+    try:
+        failed = run(todo, pool, options.output, settings)
+    except BrokenProcessPool:
+        sys.exit("A process was killed, perhaps because memory ran out (see --workers). The same command goes on.")
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command goes on.")
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
     if failed:
         print(
             "Failed:",

@@ -331,6 +331,8 @@ def extract_features(
     for name, value in (("feature_stride", feature_stride), ("num_frames", num_frames), ("batch_size", batch_size)):
         if value is not None and (value != int(value) or value < 1):
             raise ValueError(f"{name} is {value!r}; expected a whole number, 1 or more.")
+    if "://" not in os.fspath(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: {'a folder; expected a file' if os.path.isdir(path) else 'there is no such file'}.")
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     if encoder is None:
         if suffix not in SIGNAL_SUFFIXES:

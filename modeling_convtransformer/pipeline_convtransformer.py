@@ -108,7 +108,7 @@ class ConvTransformerPipeline(ChunkPipeline):
 
     def _load_encoder(self, encoder, path):
         """The encoder that is given, or else named in preprocessor_config.json; the last one is kept."""
-        if hasattr(encoder, "encode"):
+        if hasattr(encoder, "describe"):
             return encoder
         settings = check_encoder(encoder) or self.feature_extractor.encoder
         if settings is None:

@@ -42,6 +42,7 @@ def write_video(
 ) -> Path:
     """Frames that say their numbers, at `rate`, or at `times` (seconds)."""
     av = pytest.importorskip("av", reason='video tests need PyAV: pip install "modeling-convtransformer[video]"')
+    path.parent.mkdir(parents=True, exist_ok=True)
     base = Fraction(1, 90000) if times is not None else 1 / Fraction(rate)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(

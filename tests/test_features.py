@@ -359,7 +359,7 @@ def test_wrong_calls(files, videomae):
     with pytest.raises(ValueError, match=r"video\.mp4: a recording of this kind needs an encoder"):
         extract_features(files / "video.mp4")
     with pytest.raises(ValueError, match="leave the encoder out"):
-        extract_features("session.csv", videomae)
+        extract_features(files / "video.mp4", videomae, columns=["x"])
     with pytest.raises(ValueError, match="batch_size is 0"):
         extract_features(files / "video.mp4", videomae, batch_size=0)
     with pytest.raises(ValueError, match=r"tone\.wav: no video stream"):

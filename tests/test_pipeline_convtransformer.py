@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from media import save_encoder, write_video
 from safetensors.numpy import save_file
 from test_modeling_convtransformer import VARIANTS, make_config, randomize
 from test_processing_convtransformer import make_processor, make_retrieval
@@ -546,3 +547,102 @@ def test_a_finder_that_lacks_something(tmp_path):
         pipeline("moment-retrieval", model=str(tmp_path))
     with pytest.raises(TypeError, match="Unknown arguments: window"):
         make_finder()(make_features(20), "lift", window=9)
+
+
+# --- Recordings in files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def media_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    save_encoder(folder / "videomae")
+    write_video(folder / "match.mp4", frames=60, rate=25, sound=True)
+    return folder
+
+
+def make_video_pipeline(**settings) -> TemporalActionLocalizationPipeline:
+    config = make_config(n_in=16, id2label={0: "walk", 1: "run", 2: "rest"})
+    model = randomize(ConvTransformerForTemporalActionLocalization(config))
+    model.class_head.output.weight.data /= 5
+    geometry = {"feature_size": 16, "fps": 12.5, "feature_stride": 2, "num_frames": 6}
+    feature_extractor = ConvTransformerFeatureExtractor(**geometry, **settings.pop("feature_extractor", {}))
+    return pipeline(TASK, model=model, feature_extractor=feature_extractor, device="cpu", **settings)
+
+
+def test_a_video_is_localized_in_one_call(media_files, tmp_path):
+    from modeling_convtransformer.features import extract_features, load_encoder
+
+    video, name = media_files / "match.mp4", str(media_files / "videomae")
+    clock = {"fps": 12.5, "feature_stride": 2, "num_frames": 6}  # the model's, not the video's
+    sample = extract_features(video, load_encoder(name), **clock, progress=False)
+    assert sample["features"].shape == (13, 16)
+    expected = make_video_pipeline()(sample)
+    assert expected
+
+    named = make_video_pipeline(feature_extractor={"encoder": name})
+    named.save_pretrained(tmp_path / "model")
+    saved = pipeline(TASK, model=str(tmp_path / "model"))
+    assert saved.feature_extractor.encoder == {"name": name}
+    assert_same_segments(saved(str(video)), expected)
+    assert_same_segments(make_video_pipeline(encoder=name)(video), expected)
+    assert_same_segments(make_video_pipeline()(str(video), encoder={"name": name, "pooling": "mean"}), expected)
+    assert_same_segments(make_video_pipeline()(video, encoder=load_encoder(name)), expected)
+    for found in saved([str(video), sample["features"]], batch_size=2):
+        assert len(found) == len(expected)
+    opened = saved.open(video)
+    np.testing.assert_allclose(opened.pop("features"), sample.pop("features"), rtol=0, atol=1e-5)  # float32
+    assert opened == sample
+    first = saved._encoder[1]
+    saved(video)
+    assert saved._encoder[1] is first  # loaded once
+
+
+def test_files_of_features_bring_their_geometry(media_files, tmp_path):
+    from modeling_convtransformer.features import extract_features, load_encoder
+
+    localize, cache = make_video_pipeline(), tmp_path / "match.safetensors"
+    encoder = load_encoder(media_files / "videomae")
+    sample = extract_features(media_files / "match.mp4", encoder, feature_stride=3, cache=cache, progress=False)
+    assert sample["fps"] == 25
+    assert_same_segments(localize(str(cache)), localize(sample))
+    assert localize.feature_extractor.geometry_of([cache])[0] == {k: v for k, v in sample.items() if k != "features"}
+    faster = {**sample, "fps": 50.0, "duration": sample["duration"] / 2}
+    assert_same_segments(localize({"features": cache, "fps": 50.0, "duration": 1.2}), localize(faster))
+
+
+def test_tables_of_sensor_values_are_recordings(tmp_path):
+    pytest.importorskip("pyarrow", reason="tables of sensor values need pyarrow: pip install pyarrow")
+    localize = make_pipeline()  # windows of 10 samples at 10 Hz
+    localize.feature_extractor = ConvTransformerFeatureExtractor(
+        feature_size=6, fps=10, feature_stride=1, num_frames=2
+    )
+    values = np.random.default_rng(0).normal(size=(80, 3)).astype(np.float32)
+    rows = [",".join([f"{i / 10:g}", *map(repr, map(float, row))]) for i, row in enumerate(values)]
+    path = tmp_path / "session.csv"
+    path.write_text("\n".join(["time,x,y,z", *rows]))
+    expected = localize({"signal": values})
+    assert_same_segments(localize(str(path)), expected)
+    assert_same_segments(localize({"signal": path}), expected)
+    swapped = localize(path, columns=["z", "y", "x"])
+    assert_same_segments(swapped, localize({"signal": np.ascontiguousarray(values[:, ::-1])}))
+    path.write_text(path.read_text().replace("0.5,", "0.5,oops"))
+    with pytest.raises(ValueError, match=r"session\.csv: column 'x' holds 'oops"):
+        localize(path)
+
+
+def test_recordings_that_cannot_be_read_say_why(media_files, tmp_path):
+    localize = make_video_pipeline()
+    with pytest.raises(ValueError, match=r"match\.mp4: no file of features .* so it takes an encoder"):
+        localize(media_files / "match.mp4")
+    narrow = make_pipeline()
+    with pytest.raises(ValueError, match=r"gives features of width 16, but the model takes 6"):
+        narrow(media_files / "match.mp4", encoder=str(media_files / "videomae"))
+    with pytest.raises(ValueError, match=r"nothing\.mp4: there is no such file"):
+        localize("nothing.mp4", encoder=str(media_files / "videomae"))
+    with pytest.raises(ValueError, match=r"match\.mp4: no file of sensor values; expected one of \.npy"):
+        localize({"signal": media_files / "match.mp4"})
+    for encoder in ({"revision": "main"}, {"name": "a", "size": 3}, 5):
+        with pytest.raises(ValueError, match="expected the name of a model of transformers"):
+            localize(media_files / "match.mp4", encoder=encoder)
+    with pytest.raises(ValueError, match="encoder is"):
+        ConvTransformerFeatureExtractor(encoder=["a"])
