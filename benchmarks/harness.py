@@ -187,9 +187,9 @@ def peak_memory(function: Callable, device: str) -> dict[str, float] | None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
     except OSError:
         return None
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     result = function()
-    peak = _resident("VmHWM")
+    peak = resident("VmHWM")
     del result
     return {"peak": (peak - before) / 2**10, "total": peak / 2**10}
 
@@ -202,7 +202,7 @@ def reserved_memory(device: str) -> float:
     return torch.cuda.memory_reserved(device) / 2**20
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """A field of /proc/self/status, in KB."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
