@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 import subprocess
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -39,8 +40,9 @@ def write_video(
     rotation: int = 0,
     sound: bool = False,
     size: tuple[int, int] = (64, 48),
+    draw: Callable[[int], np.ndarray] | None = None,
 ) -> Path:
-    """Frames that say their numbers, at `rate`, or at `times` (seconds)."""
+    """Frames that say their numbers (or those that `draw` gives), at `rate`, or at `times` (seconds)."""
     av = pytest.importorskip("av", reason='video tests need PyAV: pip install "modeling-convtransformer[video]"')
     path.parent.mkdir(parents=True, exist_ok=True)
     base = Fraction(1, 90000) if times is not None else 1 / Fraction(rate)
@@ -52,7 +54,8 @@ def write_video(
         stream.codec_context.time_base = base
         audio = container.add_stream("libopus" if path.suffix == ".webm" else "aac", rate=48000) if sound else None
         for number in range(frames):
-            frame = av.VideoFrame.from_ndarray(code(number % 2**BITS, *size), format="rgb24")
+            picture = code(number % 2**BITS, *size) if draw is None else draw(number)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts = number if times is None else round(times[number] / base)
             frame.time_base = base
             container.mux(stream.encode(frame))
