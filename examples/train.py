@@ -434,7 +434,15 @@ def describe_data(options: DataArguments, feature_extractor) -> dict[str, Any]:
         }
     name = options.dataset_name or ("SBHAR" if options.dataset == "sbhar" else Path(options.annotations).name)
     if options.dataset == "files":
-        return {"dataset": name}
+        if feature_extractor.encoder is None:
+            return {"dataset": name}
+        encoder = feature_extractor.encoder["name"]
+        encoder = Path(encoder).name if Path(encoder).exists() else encoder  # where a folder lies is nobody's business
+        return {
+            "dataset": name,
+            "features": f"Features were made by `{encoder}`. With the package `modeling-convtransformer[video]` the pipeline makes "
+            'them of a recording: `localize("match.mp4")`.',
+        }
     samples = int(feature_extractor.num_frames)
     return {
         "dataset": name,

@@ -188,6 +188,7 @@ def test_from_videos_to_segments(tmp_path, monkeypatch):
 
     localize = pipeline("temporal-action-localization", model="out")
     assert localize.feature_extractor.encoder["name"] == "encoder"
+    assert "Features were made by `encoder`" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     label2id = localize.model.config.label2id
     found = {name: to_arrays(localize(f"videos/{name}.mp4"), label2id) for name in names[-2:]}
     truth = {
