@@ -1,0 +1,567 @@
+"""A page that shows what a model finds in a recording: drop a video, features or sensor values, see segments, play them.
+
+    python examples/app.py outputs/watch/model
+    python examples/app.py outputs/watch/model someone/their-model --examples recordings/ --port 7861
+
+A model is a folder written by save_pretrained, or a name on the Hub; with several, the page has a choice. The page is
+served on this machine only (http://127.0.0.1:7860), asks nothing of any other, and is not shared unless --host says so.
+Threshold and NMS change the timeline at once, because the model runs once for each recording. docs/app.md says more.
+"""
+
+import argparse
+import html
+import math
+import re
+import tempfile
+import threading
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from pathlib import Path
+
+import gradio as gr
+from transformers import logging, pipeline
+
+import modeling_convtransformer  # noqa: F401 - registers the pipeline
+from modeling_convtransformer.feature_extraction_convtransformer import _read
+from modeling_convtransformer.segments import write_segments
+
+ARRAYS = (".npy", ".npz", ".safetensors")
+TABLES = (".csv", ".parquet")
+VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ogv")
+NMS_METHODS = {"Gaussian soft-NMS": "soft", "Linear soft-NMS": "linear", "Hard NMS": "hard", "None": "none"}
+# Name on the button, format of write_segments, what follows the recording's name in the file's.
+DOWNLOADS = (
+    ("JSON", "json", ".json"),
+    ("CSV", "csv", ".csv"),
+    ("ELAN", "elan", ".elan.txt"),
+    ("Chapters", "youtube", ".chapters.txt"),
+)
+MOST_SEGMENTS = 1000  # without NMS a recording has many thousands, more than anyone can look at
+LANES = 6  # segments of one class that overlap are drawn below one another, up to this many
+EMPTY = '<p class="empty">The timeline of your recording comes here.</p>'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running models
+
+
+class Outputs:
+    """
+    What models gave for the recordings looked at last, so that post-processing alone runs again. Keys name a file's
+    content and a model, so sessions cannot see another's result under their own key; who comes after `limit` bytes have
+    been filled by others waits for the model once more.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._kept: OrderedDict[Hashable, list[dict]] = OrderedDict()
+        self._kept_lock, self._model_lock = threading.Lock(), threading.Lock()
+
+    def get(self, key: Hashable, compute: Callable[[], list[dict]]) -> list[dict]:
+        if (found := self._find(key)) is not None:
+            return found
+        with self._model_lock:  # two forward passes at once would each take memory and half of the processor
+            if (found := self._find(key)) is not None:
+                return found
+            found = compute()
+        with self._kept_lock:
+            self._kept[key] = found
+            while len(self._kept) > 1 and sum(map(_count_bytes, self._kept.values())) > self.limit:
+                self._kept.popitem(last=False)
+        return found
+
+    def _find(self, key: Hashable) -> list[dict] | None:
+        with self._kept_lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+
+def _count_bytes(outputs: list[dict]) -> int:
+    return sum(value.nbytes for one in outputs for value in one.values() if hasattr(value, "nbytes"))
+
+
+def as_recording(path: Path, feature_extractor) -> str | dict:
+    """
+    What the pipeline takes. Whether an array is features or raw sensor values, its width says; other files it opens itself.
+
+    Raises:
+        ValueError: a kind of file, or a width, that the model does not take.
+    """
+    suffix = path.suffix.lower()
+    if suffix in (*VIDEOS, *TABLES):
+        return str(path)
+    if suffix not in ARRAYS:
+        raise ValueError(
+            f"{path.name} is no file of a kind that can be read here. Expected a video ({', '.join(VIDEOS)}), features "
+            f"({', '.join(ARRAYS)}) or sensor values ({', '.join((*TABLES, *ARRAYS))}). Convert it, or drop another file."
+        )
+    shape = _read(path, "features", path.name).shape
+    width, channels = feature_extractor.feature_size, _count_channels(feature_extractor)
+    if shape[1] == width:
+        return {"features": str(path)}
+    if shape[1] == channels:
+        return {"signal": str(path)}
+    expected = f"features of shape (time, {width})"
+    expected += f" or sensor values of shape (samples, {channels})" if channels else ""
+    advice = "Choose the model that was trained on such files, or another file."
+    if shape[0] in (width, channels):
+        advice = "The axes seem to be exchanged: save the array transposed."
+    raise ValueError(f"{path.name} holds an array of shape {shape}. This model expects {expected}. {advice}")
+
+
+def _count_channels(feature_extractor) -> int | None:
+    """Channels of the raw values that the model's features are windows of, where they can be."""
+    channels = feature_extractor.feature_size / feature_extractor.num_frames
+    return int(channels) if channels.is_integer() else None
+
+
+def run_model(localize, path: Path) -> list[dict]:
+    """The outputs of a recording, ready for `localize.postprocess`, and its length in seconds."""
+    outputs = []
+    for inputs in localize.preprocess(as_recording(path, localize.feature_extractor)):
+        steps = inputs["input_features"].shape[1]
+        outputs.append(localize.forward(inputs))
+    geometry = outputs[0]["geometry"]
+    covered = (steps - 1) * geometry["feature_stride"] + geometry["num_frames"]
+    outputs[0]["seconds"] = geometry["duration"] or covered / geometry["fps"]
+    return outputs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing. Everything that a file or a model says is escaped.
+
+
+def format_time(seconds: float, digits: int = 1) -> str:
+    """75.26 -> 1:15.3"""
+    units = round(seconds * 10**digits)
+    minutes, rest = divmod(units, 60 * 10**digits)
+    hours, minutes = divmod(minutes, 60)
+    rest = f"{rest / 10**digits:0{3 + digits if digits else 2}.{digits}f}"
+    return f"{hours}:{minutes:02}:{rest}" if hours else f"{minutes}:{rest}"
+
+
+def draw_message(text: str) -> str:
+    return f'<div class="message" role="alert">{html.escape(text)}</div>' if text else ""
+
+
+def draw_player(path: Path | None) -> str:
+    if path is None or path.suffix.lower() not in VIDEOS:
+        return ""
+    return (
+        f'<video controls playsinline preload="metadata" data-path="{html.escape(str(path))}"></video>'
+        f'<p class="message" hidden>This browser cannot play {html.escape(path.name)}. The timeline is not affected. To play '
+        "segments, convert the video to MP4 with H.264, and drop that.</p>"
+    )
+
+
+def draw_timeline(rows: list[dict], seconds: float, label2id: dict[str, int], threshold: float) -> str:
+    """
+    One row for each class that was found, in the order of the model's classes, with a button for each segment; and all
+    segments by time. The script of the page finds segments by data-index.
+
+    Args:
+        rows: `{"label", "score", "start", "end"}`.
+        seconds: length of the recording.
+    """
+    if not rows:
+        return f'<p class="empty">No segment has a score above {threshold:.2f}. A lower threshold may show some.</p>'
+    by_class: dict[str, list[int]] = {}
+    by_time = sorted(range(len(rows)), key=lambda index: (rows[index]["start"], rows[index]["end"]))
+    for index in by_time:
+        by_class.setdefault(rows[index]["label"], []).append(index)
+
+    tracks = []
+    for label in sorted(by_class, key=label2id.get):
+        lanes = _lanes([rows[index] for index in by_class[label]])
+        count = max(lanes) + 1
+        segments = "".join(
+            _draw_segment(index, rows[index], seconds, lane / count, 1 / count)
+            for index, lane in zip(by_class[label], lanes, strict=True)
+        )
+        tracks.append(
+            f'<div class="row" style="{_colour(label2id[label])};--lanes:{count}"><span class="label" title="'
+            f'{html.escape(label)}">{html.escape(label)}</span><div class="track">{segments}</div></div>'
+        )
+    items = "".join(
+        f'<li><button type="button" data-index="{index}" data-start="{rows[index]["start"]}" data-end="{rows[index]["end"]}" '
+        f'style="{_colour(label2id[rows[index]["label"]])}"><span class="swatch"></span><span class="time">'
+        f"{format_time(rows[index]['start'])} – {format_time(rows[index]['end'])}</span><span class='name'>"
+        f"{html.escape(rows[index]['label'])}</span><span class='score'>{rows[index]['score']:.2f}</span></button></li>"
+        for index in by_time
+    )
+    count = f"{len(rows)} segment{'s' if len(rows) > 1 else ''}"
+    count = f"The best {MOST_SEGMENTS} segments" if len(rows) == MOST_SEGMENTS else count
+    return f"""
+<div class="head"><strong>{count}</strong> above {threshold:.2f} in {format_time(seconds, 0)}
+<span class="zoom"><button type="button" data-zoom="0.5" aria-label="Zoom out">−</button><button type="button"
+data-zoom="2" aria-label="Zoom in">+</button></span></div>
+<div class="scroll" role="group" aria-label="Timeline"><div class="wide"><div class="cursor" hidden></div>
+{"".join(tracks)}{_draw_axis(seconds)}</div></div>
+<p class="chosen" aria-live="polite">Choose a segment.</p>
+<ol class="list" aria-label="Segments by time">{items}</ol>"""
+
+
+def _draw_segment(index: int, row: dict, seconds: float, top: float, height: float) -> str:
+    start, end = (min(max(row[name] / seconds, 0.0), 1.0) for name in ("start", "end"))
+    times = f"{format_time(row['start'])} – {format_time(row['end'])}"
+    title = html.escape(f"{row['label']}, {times}, score {row['score']:.2f}")
+    return (
+        f'<button type="button" class="segment" data-index="{index}" data-start="{row["start"]}" data-end="{row["end"]}" '
+        f'title="{title}" aria-label="{title}" style="left:{100 * start:.4f}%;width:{100 * (end - start):.4f}%;'
+        f'top:{100 * top:.2f}%;height:{100 * height:.2f}%;--score:{row["score"]:.4f}"></button>'
+    )
+
+
+def _draw_axis(seconds: float) -> str:
+    steps = (0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800)
+    step = next((step for step in steps if seconds / step <= 8), 3600 * math.ceil(seconds / 3600 / 8))
+    ticks = "".join(
+        f'<span style="left:{100 * tick * step / seconds:.4f}%">{format_time(tick * step, int(step < 1))}</span>'
+        for tick in range(math.ceil(0.96 * seconds / step))  # (one at the very end would be cut)
+    )
+    return f'<div class="row axis" style="--lanes:1" aria-hidden="true"><span class="label"></span><div class="track">{ticks}</div></div>'
+
+
+def _lanes(rows: list[dict]) -> list[int]:
+    """The first lane that is free, for each of the segments, which are in order of their starts; the last one if none is."""
+    ends, lanes = [], []
+    for row in rows:
+        lane = next((lane for lane, end in enumerate(ends) if end <= row["start"]), len(ends))
+        lane = min(lane, LANES - 1)
+        ends[lane : lane + 1] = [row["end"]]
+        lanes.append(lane)
+    return lanes
+
+
+def _colour(class_id: int) -> str:
+    """Of a class, whatever else was found: hues a golden angle apart, so that neighbours differ much."""
+    return f"--hue:{(215 + 137.508 * class_id) % 360:.0f}"
+
+
+CSS = """
+.gradio-container { --faint: color-mix(in srgb, var(--body-text-color) 68%, transparent); }
+#title h1 { margin: 0; font-size: 1.6rem; font-weight: 600; }
+#title p { margin: .2rem 0 0; color: var(--faint); }
+#message:not(:has(.message)), #player:not(:has(video)) { display: none; }
+#player video { width: 100%; max-height: 52vh; border-radius: var(--block-radius); background: #000; display: block; }
+.message { padding: .7rem .9rem; border-radius: var(--block-radius); border: 1px solid var(--error-border-color);
+  background: var(--error-background-fill); color: var(--error-text-color); white-space: pre-line; overflow-wrap: anywhere; }
+#takes { font-size: .85rem; line-height: 1.4; color: var(--faint); }
+#timeline button { color: inherit; font: inherit; background: none; border: 0; cursor: pointer; }
+#timeline .empty { padding: 4.5rem 1rem; text-align: center; color: var(--faint); margin: 0;
+  border: 1px dashed var(--border-color-primary); border-radius: var(--block-radius); }
+#timeline .head { display: flex; gap: .35em; align-items: center; flex-wrap: wrap; margin-bottom: .5rem; }
+#timeline .zoom { margin-left: auto; display: flex; gap: .3rem; }
+#timeline .zoom button { width: 2.2rem; height: 2.2rem; border: 1px solid var(--border-color-primary); border-radius: 6px;
+  font-size: 1.2rem; line-height: 1; }
+#timeline .scroll { overflow-x: auto; }
+#timeline .wide { position: relative; width: calc(100% * var(--zoom, 1)); }
+#timeline .row { display: grid; grid-template-columns: 10rem 1fr; margin-bottom: 4px; --height: calc(14px + 14px * var(--lanes)); }
+#timeline .label { position: sticky; left: 0; z-index: 2; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  padding-right: .6rem; line-height: var(--height); background: var(--body-background-fill); font-size: .9rem; }
+#timeline .track { position: relative; height: var(--height); border-radius: 4px; overflow: hidden;
+  background: color-mix(in srgb, var(--body-text-color) 6%, transparent); }
+#timeline .segment { position: absolute; min-width: 5px; padding: 0; border: 1px solid hsl(var(--hue) 62% 46%);
+  border-radius: 4px; background: hsl(var(--hue) 62% 46% / calc(.12 + .88 * var(--score))); }
+#timeline .segment:hover { filter: brightness(1.15); }
+#timeline .segment.chosen { box-shadow: inset 0 0 0 3px var(--body-text-color); z-index: 1; }
+#timeline button:focus-visible { outline: 3px solid var(--color-accent); outline-offset: -3px; z-index: 1; }
+#timeline .axis .track { background: none; height: 1.4em; font-size: .75rem; color: var(--faint); }
+#timeline .axis .track span { position: absolute; padding-left: 3px; border-left: 1px solid var(--faint); white-space: nowrap; }
+#timeline .cursor { position: absolute; top: 0; bottom: 0; width: 2px; background: var(--body-text-color); z-index: 1;
+  pointer-events: none; }
+#timeline p.chosen { margin: .3rem 0 .7rem; min-height: 1.5em; color: var(--faint); }
+#timeline .list { list-style: none; margin: 0; padding: 0; max-height: 19rem; overflow-y: auto;
+  border: 1px solid var(--border-color-primary); border-radius: var(--block-radius); }
+#timeline .list li { margin: 0; padding: 0; }
+#timeline .list li + li { border-top: 1px solid var(--border-color-primary); }
+#timeline .list button { display: grid; grid-template-columns: .9rem 8.5rem 1fr auto; gap: .6rem; align-items: center;
+  width: 100%; min-height: 2.4rem; padding: .25rem .7rem; text-align: left; }
+#timeline .list button:hover, #timeline .list button.chosen { background: color-mix(in srgb, var(--body-text-color) 6%, transparent); }
+#timeline .list button.chosen { box-shadow: inset 4px 0 hsl(var(--hue) 62% 46%); }
+#timeline .list .swatch { width: .9rem; height: .9rem; border-radius: 3px; background: hsl(var(--hue) 62% 46%); }
+#timeline .list .time, #timeline .list .score { font-variant-numeric: tabular-nums; }
+#timeline .list .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+@media (max-width: 640px) {
+  #title h1 { font-size: 1.3rem; }
+  #timeline .row { grid-template-columns: 1fr; }
+  #timeline .label { line-height: 1.5; width: fit-content; max-width: 85vw; }
+  #timeline .axis .label { display: none; }
+  #timeline .axis .track span:nth-child(even) { display: none; }
+  #timeline .list button { grid-template-columns: .9rem 8rem 1fr auto; gap: .45rem; }
+}
+"""
+
+# Runs once, when the timeline is made; what is drawn in it later is found through `element`. Events of media do not bubble,
+# but can be caught on their way down.
+JS = """
+let playing = null;  // the segment whose end stops the video
+const video = () => document.querySelector("#player video");
+const point = () => {
+  const cursor = element.querySelector(".cursor"), track = element.querySelector(".track"), shown = video();
+  if (!cursor || !track) return;
+  cursor.hidden = !(shown && shown.duration);
+  if (!cursor.hidden)
+    cursor.style.left = track.offsetLeft + track.offsetWidth * Math.min(shown.currentTime / shown.duration, 1) + "px";
+};
+const follow = () => {
+  const shown = video();
+  if (!shown) return;
+  if (playing && shown.currentTime >= playing.end) { playing = null; shown.pause(); }
+  point();
+  if (!shown.paused) requestAnimationFrame(follow);
+};
+const mark = (index) => {
+  element.querySelectorAll("button.chosen").forEach((other) => other.classList.remove("chosen"));
+  element.querySelectorAll(`[data-index="${index}"]`).forEach((one) => one.classList.add("chosen"));
+  const row = element.querySelector(`.list [data-index="${index}"]`), list = element.querySelector(".list");
+  const above = row.offsetTop - list.offsetTop, below = above + row.offsetHeight - list.clientHeight;
+  list.scrollTop = Math.max(Math.min(list.scrollTop, above), below);
+  element.querySelector("p.chosen").textContent = element.querySelector(`.segment[data-index="${index}"]`).title;
+};
+element.addEventListener("click", (event) => {
+  const zoom = event.target.closest("[data-zoom]");
+  if (zoom) {
+    const now = parseFloat(element.style.getPropertyValue("--zoom") || 1) * zoom.dataset.zoom;
+    element.style.setProperty("--zoom", Math.min(Math.max(now, 1), 64));
+    return point();
+  }
+  const segment = event.target.closest("[data-index]");
+  if (!segment) return;
+  mark(segment.dataset.index);
+  const shown = video();
+  if (!shown || shown.error) return;
+  playing = {start: +segment.dataset.start, end: +segment.dataset.end};
+  shown.currentTime = playing.start;
+  shown.play().catch(() => {});
+});
+document.addEventListener("play", follow, true);
+document.addEventListener("timeupdate", follow, true);  // also where a hidden tab gets no animation frames
+document.addEventListener("loadstart", () => { playing = null; point(); }, true);
+document.addEventListener("seeking", (event) => {  // by hand: out of the segment, nothing is to be stopped
+  const now = event.target.currentTime;
+  if (playing && (now < playing.start - 0.1 || now > playing.end)) playing = null;
+  point();
+}, true);
+document.addEventListener("error", (event) => {
+  if (event.target.matches?.("#player video")) event.target.nextElementSibling.hidden = false;
+}, true);
+watch("value", point);
+"""
+
+# The address of an uploaded file depends on where the page is served (on a Space, behind a proxy), which gradio tells it.
+PLAYER_JS = """
+const load = () => {
+  const shown = element.querySelector("video[data-path]");
+  if (!shown || shown.src) return;
+  const root = new URL((window.gradio_config?.root ?? "").replace(/[/]?$/, "/"), document.baseURI);
+  shown.src = new URL("gradio_api/file=" + encodeURIComponent(shown.dataset.path), root);
+};
+watch("value", load);
+load();
+"""
+
+SAVE_JS = """
+(file) => {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([file.text], {type: "text/plain;charset=utf-8"}));
+  link.download = file.name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def build(models: dict, threshold: float = 0.3, examples: list[Path] = (), cache: int = 2**30) -> gr.Blocks:
+    """
+    Args:
+        models: names to pipelines.
+        threshold: where the slider starts.
+        examples: recordings to choose from.
+        cache: bytes of outputs of models that are kept.
+    """
+    outputs = Outputs(cache)
+    first = next(iter(models))
+
+    def get_outputs(recording: dict) -> list[dict]:
+        path, name = Path(recording["path"]), recording["model"]
+        stat = path.stat()  # gradio stores a file under the hash of its content; an example may have been changed
+        key = (str(path), stat.st_size, stat.st_mtime_ns, name)
+        return outputs.get(key, lambda: run_model(models[name], path))
+
+    def find(recording: dict, *settings) -> tuple[list[dict], float]:
+        """Segments with these settings, and the length of the recording."""
+        names = ("threshold", "nms_method", "iou_threshold", "nms_sigma")
+        given = get_outputs(recording)
+        settings = dict(zip(names, settings, strict=True))
+        return models[recording["model"]].postprocess(given, top_k=MOST_SEGMENTS, **settings), given[0]["seconds"]
+
+    def start(file: str | None):
+        """Before the model runs: the player, and nothing left of the recording before."""
+        return draw_player(Path(file) if file else None), "", EMPTY, None, *(gr.update(interactive=False) for _ in DOWNLOADS)
+
+    def analyse(file: str | None, name: str, *settings, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
+        if file is None:
+            return "", EMPTY, None, *(gr.update(interactive=False) for _ in DOWNLOADS)
+        path = Path(file)
+        try:
+            progress(0, desc="Reading the recording")
+            recording = {"path": file, "model": name}
+            rows, seconds = find(recording, *settings)
+        except Exception as error:  # whatever is wrong with a file: the page says it, and goes on
+            if not isinstance(error, ValueError):
+                traceback.print_exc()
+                error = f"{path.name} could not be read ({type(error).__name__}: {error}). Is the file whole, and of this kind?"
+            message = str(error).replace(str(path), path.name)
+            return draw_message(message), EMPTY, None, *(gr.update(interactive=False) for _ in DOWNLOADS)
+        shown = draw_timeline(rows, seconds, models[name].model.config.label2id, settings[0])
+        return "", shown, recording, *(gr.update(interactive=True) for _ in DOWNLOADS)
+
+    def redraw(recording: dict | None, *settings):
+        if recording is None:
+            return EMPTY
+        rows, seconds = find(recording, *settings)
+        return draw_timeline(rows, seconds, models[recording["model"]].model.config.label2id, settings[0])
+
+    def choose_model(name: str):
+        """Settings of the model's feature extractor, which its makers chose."""
+        own = models[name].feature_extractor
+        return (
+            describe(models[name]),
+            own.nms_method,
+            gr.update(value=own.iou_threshold, visible=own.nms_method in ("hard", "linear")),
+            gr.update(value=own.nms_sigma, visible=own.nms_method == "soft"),
+        )
+
+    def choose_nms(method: str):
+        return gr.update(visible=method in ("hard", "linear")), gr.update(visible=method == "soft")
+
+    def save(form: str, suffix: str) -> Callable:
+        def write(recording: dict, *settings) -> dict:
+            rows, _ = find(recording, *settings)
+            stem = Path(recording["path"]).stem
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "segments")
+                write_segments(path, rows, format=form)
+                return {"name": stem + suffix, "text": path.read_text(encoding="utf-8")}
+
+        return write
+
+    private = {"api_visibility": "private"}
+    with gr.Blocks(title="ConvTransformer", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+        gr.HTML(
+            "<h1>What happens when?</h1><p>Drop a recording. The model finds actions in it, each with a start and an end.</p>",
+            elem_id="title",
+            apply_default_css=False,
+        )
+        recording = gr.State(None, time_to_live=24 * 3600)
+        text = gr.JSON(visible="hidden")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                file = gr.File(label="Video, features or sensor values", height=150, elem_id="recording")
+                if examples:
+                    gr.Examples([str(one) for one in examples], file, label="Examples", **private)
+                model = gr.Dropdown(list(models), value=first, label="Model", elem_id="model")
+                takes = gr.HTML(describe(models[first]), elem_id="takes", apply_default_css=False)
+                slide = gr.Slider(0, 1, threshold, step=0.01, label="Threshold", elem_id="threshold")
+                own = models[first].feature_extractor
+                with gr.Accordion("Overlapping segments", open=False, elem_id="overlap"):
+                    method = gr.Dropdown(list(NMS_METHODS.items()), value=own.nms_method, label="NMS", elem_id="nms")
+                    iou = gr.Slider(
+                        0, 1, own.iou_threshold, step=0.05, label="IoU threshold", elem_id="iou",
+                        info="Less overlap than this leaves both alone.", visible=own.nms_method in ("hard", "linear"),
+                    )  # fmt: skip
+                    sigma = gr.Slider(
+                        0.05, 2, own.nms_sigma, step=0.05, label="Sigma", elem_id="sigma",
+                        info="Smaller suppresses more.", visible=own.nms_method == "soft",
+                    )  # fmt: skip
+            with gr.Column(scale=3, min_width=300):
+                message = gr.HTML(elem_id="message", apply_default_css=False)
+                player = gr.HTML(elem_id="player", js_on_load=PLAYER_JS, apply_default_css=False)
+                timeline = gr.HTML(EMPTY, elem_id="timeline", js_on_load=JS, apply_default_css=False, min_height=190)
+                with gr.Row(elem_id="downloads"):
+                    buttons = [gr.Button(name, size="sm", min_width=60, interactive=False) for name, _, _ in DOWNLOADS]
+
+        settings = [slide, method, iou, sigma]
+        analysed = {
+            "fn": analyse,
+            "inputs": [file, model, *settings],
+            "outputs": [message, timeline, recording, *buttons],
+            "show_progress_on": timeline,
+            "concurrency_limit": 1,
+            "concurrency_id": "model",
+            **private,
+        }
+        file.change(start, file, [player, message, timeline, recording, *buttons], show_progress="hidden", **private).then(
+            **analysed
+        )
+        model.input(choose_model, model, [takes, method, iou, sigma], show_progress="hidden", **private).then(**analysed)
+        method.input(choose_nms, method, [iou, sigma], show_progress="hidden", **private)
+        gr.on(
+            [setting.input for setting in settings], redraw, [recording, *settings], timeline,
+            show_progress="hidden", trigger_mode="always_last", **private,
+        )  # fmt: skip
+        for button, (_, form, suffix) in zip(buttons, DOWNLOADS, strict=True):
+            saved = button.click(save(form, suffix), [recording, *settings], text, show_progress="hidden", **private)
+            saved.success(None, text, None, js=SAVE_JS, **private)
+    return page
+
+
+def describe(localize) -> str:
+    """What files a model takes, and what it finds."""
+    own, labels = localize.feature_extractor, localize.model.config.id2label
+    channels = _count_channels(own)
+    takes = f"features {own.feature_size} wide"
+    takes += f", or {channels} sensor channels at {own.fps:g} Hz" if channels else ""
+    names = [labels[index] for index in sorted(labels)]
+    finds = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return f"Takes {html.escape(takes)}. Finds {html.escape(finds)}."
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder written by save_pretrained, or a name on the Hub")
+    parser.add_argument("--encoder", help="turns video into the features that MODEL was trained on: a folder, or a name on the Hub")
+    parser.add_argument("--examples", type=Path, help="folder of recordings that the page offers")
+    parser.add_argument("--threshold", type=float, default=0.3, help="least score to show at first (default: 0.3)")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in your network in (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7860, help="default: 7860")
+    parser.add_argument("--max_file_size", default="2gb", help="largest file that may be dropped (default: 2gb)")
+    parser.add_argument("--device", help='where models run, such as "cuda" (default: a GPU, if there is one)')
+    options = parser.parse_args()
+    for name in options.models:
+        if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+            parser.error(f"there is no folder {name}, and a name on the Hub looks like someone/their-model")
+    if options.examples is not None and not options.examples.is_dir():
+        parser.error(f"there is no folder {options.examples}")
+    examples = []
+    if options.examples is not None:
+        kinds = (*VIDEOS, *TABLES, *ARRAYS)
+        examples = sorted(one for one in options.examples.iterdir() if one.suffix.lower() in kinds)
+        if not examples:
+            parser.error(f"{options.examples} has no recordings ({', '.join(kinds)})")
+
+    logging.disable_progress_bar()
+    given = {name: value for name in ("encoder", "device") if (value := getattr(options, name)) is not None}
+    try:
+        models = {
+            name: pipeline("temporal-action-localization", model=name, **given) for name in dict.fromkeys(options.models)
+        }
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    build(models, options.threshold, examples).launch(
+        server_name=options.host, server_port=options.port, max_file_size=options.max_file_size, **LAUNCH
+    )
+
+
+# Nothing of a session is kept in the browser or sent elsewhere.
+LAUNCH = {"css": CSS, "theme": gr.themes.Default(), "footer_links": [], "run_history": False, "share": False}
+
+if __name__ == "__main__":
+    main()
