@@ -12,7 +12,6 @@ import argparse
 import html
 import math
 import re
-import tempfile
 import threading
 import traceback
 from collections import OrderedDict
@@ -24,13 +23,18 @@ from transformers import logging, pipeline
 
 import modeling_convtransformer  # noqa: F401 - registers the pipeline
 from modeling_convtransformer.feature_extraction_convtransformer import _read
-from modeling_convtransformer.segments import write_segments
+from modeling_convtransformer.segments import format_segments
 
 ARRAYS = (".npy", ".npz", ".safetensors")
 TABLES = (".csv", ".parquet")
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ogv")
+SOUNDS = (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")
+KINDS = (
+    f"a video ({', '.join(VIDEOS)}), sound ({', '.join(SOUNDS)}), features ({', '.join(ARRAYS)}) or sensor values "
+    f"({', '.join((*TABLES, *ARRAYS))})"
+)
 NMS_METHODS = {"Gaussian soft-NMS": "soft", "Linear soft-NMS": "linear", "Hard NMS": "hard", "None": "none"}
-# Name on the button, format of write_segments, what follows the recording's name in the file's.
+# Name on the button, format of modeling_convtransformer.segments, what follows the recording's name in the file's.
 DOWNLOADS = (
     ("JSON", "json", ".json"),
     ("CSV", "csv", ".csv"),
@@ -90,13 +94,11 @@ def as_recording(path: Path, feature_extractor) -> str | dict:
         ValueError: a kind of file, or a width, that the model does not take.
     """
     suffix = path.suffix.lower()
-    if suffix in (*VIDEOS, *TABLES):
+    if suffix in (*VIDEOS, *SOUNDS, *TABLES):
         return str(path)
     if suffix not in ARRAYS:
-        raise ValueError(
-            f"{path.name} is no file of a kind that can be read here. Expected a video ({', '.join(VIDEOS)}), features "
-            f"({', '.join(ARRAYS)}) or sensor values ({', '.join((*TABLES, *ARRAYS))}). Convert it, or drop another file."
-        )
+        kind = f"a {suffix} file" if suffix else "a file without a suffix"
+        raise ValueError(f"{path.name} is {kind}. Expected {KINDS}. Convert it, or drop another file.")
     shape = _read(path, "features", path.name).shape
     width, channels = feature_extractor.feature_size, _count_channels(feature_extractor)
     if shape[1] == width:
@@ -147,12 +149,15 @@ def draw_message(text: str) -> str:
 
 
 def draw_player(path: Path | None) -> str:
-    if path is None or path.suffix.lower() not in VIDEOS:
+    tag = next(
+        (tag for tag, kinds in (("video", VIDEOS), ("audio", SOUNDS)) if path and path.suffix.lower() in kinds), None
+    )
+    if tag is None:
         return ""
     return (
-        f'<video controls playsinline preload="metadata" data-path="{html.escape(str(path))}"></video>'
+        f'<{tag} controls playsinline preload="metadata" data-path="{html.escape(str(path))}"></{tag}>'
         f'<p class="message" hidden>This browser cannot play {html.escape(path.name)}. The timeline is not affected. To play '
-        "segments, convert the video to MP4 with H.264, and drop that.</p>"
+        f"segments, convert it, for example with ffmpeg -i INPUT -pix_fmt yuv420p OUTPUT.mp4, and drop that.</p>"
     )
 
 
@@ -187,7 +192,7 @@ def draw_timeline(rows: list[dict], seconds: float, label2id: dict[str, int], th
     items = "".join(
         f'<li><button type="button" data-index="{index}" data-start="{rows[index]["start"]}" data-end="{rows[index]["end"]}" '
         f'style="{_colour(label2id[rows[index]["label"]])}"><span class="swatch"></span><span class="time">'
-        f"{format_time(rows[index]['start'])} – {format_time(rows[index]['end'])}</span><span class='name'>"
+        f"{format_time(rows[index]['start'])} &ndash; {format_time(rows[index]['end'])}</span><span class='name'>"
         f"{html.escape(rows[index]['label'])}</span><span class='score'>{rows[index]['score']:.2f}</span></button></li>"
         for index in by_time
     )
@@ -195,7 +200,7 @@ def draw_timeline(rows: list[dict], seconds: float, label2id: dict[str, int], th
     count = f"The best {MOST_SEGMENTS} segments" if len(rows) == MOST_SEGMENTS else count
     return f"""
 <div class="head"><strong>{count}</strong> above {threshold:.2f} in {format_time(seconds, 0)}
-<span class="zoom"><button type="button" data-zoom="0.5" aria-label="Zoom out">−</button><button type="button"
+<span class="zoom"><button type="button" data-zoom="0.5" aria-label="Zoom out">&minus;</button><button type="button"
 data-zoom="2" aria-label="Zoom in">+</button></span></div>
 <div class="scroll" role="group" aria-label="Timeline"><div class="wide"><div class="cursor" hidden></div>
 {"".join(tracks)}{_draw_axis(seconds)}</div></div>
@@ -205,7 +210,7 @@ data-zoom="2" aria-label="Zoom in">+</button></span></div>
 
 def _draw_segment(index: int, row: dict, seconds: float, top: float, height: float) -> str:
     start, end = (min(max(row[name] / seconds, 0.0), 1.0) for name in ("start", "end"))
-    times = f"{format_time(row['start'])} – {format_time(row['end'])}"
+    times = f"{format_time(row['start'])} to {format_time(row['end'])}"
     title = html.escape(f"{row['label']}, {times}, score {row['score']:.2f}")
     return (
         f'<button type="button" class="segment" data-index="{index}" data-start="{row["start"]}" data-end="{row["end"]}" '
@@ -241,11 +246,13 @@ def _colour(class_id: int) -> str:
 
 
 CSS = """
+#title, #message, #takes, #player, #timeline { padding: 0; }
 .gradio-container { --faint: color-mix(in srgb, var(--body-text-color) 68%, transparent); }
-#title h1 { margin: 0; font-size: 1.6rem; font-weight: 600; }
+#title h1 { margin: 0; font-size: 1.7rem; font-weight: 700; line-height: 1.2; }
 #title p { margin: .2rem 0 0; color: var(--faint); }
-#message:not(:has(.message)), #player:not(:has(video)) { display: none; }
-#player video { width: 100%; max-height: 52vh; border-radius: var(--block-radius); background: #000; display: block; }
+#message:not(:has(.message)), #player:not(:has([data-path])) { display: none; }
+#player [data-path] { width: 100%; max-height: 52vh; border-radius: var(--block-radius); display: block; }
+#player video { background: #000; }
 .message { padding: .7rem .9rem; border-radius: var(--block-radius); border: 1px solid var(--error-border-color);
   background: var(--error-background-fill); color: var(--error-text-color); white-space: pre-line; overflow-wrap: anywhere; }
 #takes { font-size: .85rem; line-height: 1.4; color: var(--faint); }
@@ -277,7 +284,7 @@ CSS = """
   border: 1px solid var(--border-color-primary); border-radius: var(--block-radius); }
 #timeline .list li { margin: 0; padding: 0; }
 #timeline .list li + li { border-top: 1px solid var(--border-color-primary); }
-#timeline .list button { display: grid; grid-template-columns: .9rem 8.5rem 1fr auto; gap: .6rem; align-items: center;
+#timeline .list button { display: grid; grid-template-columns: .9rem 7.5rem 1fr auto; gap: .6rem; align-items: center;
   width: 100%; min-height: 2.4rem; padding: .25rem .7rem; text-align: left; }
 #timeline .list button:hover, #timeline .list button.chosen { background: color-mix(in srgb, var(--body-text-color) 6%, transparent); }
 #timeline .list button.chosen { box-shadow: inset 4px 0 hsl(var(--hue) 62% 46%); }
@@ -290,7 +297,7 @@ CSS = """
   #timeline .label { line-height: 1.5; width: fit-content; max-width: 85vw; }
   #timeline .axis .label { display: none; }
   #timeline .axis .track span:nth-child(even) { display: none; }
-  #timeline .list button { grid-template-columns: .9rem 8rem 1fr auto; gap: .45rem; }
+  #timeline .list button { grid-template-columns: .9rem 7rem 1fr auto; gap: .45rem; }
 }
 """
 
@@ -298,7 +305,7 @@ CSS = """
 # but can be caught on their way down.
 JS = """
 let playing = null;  // the segment whose end stops the video
-const video = () => document.querySelector("#player video");
+const video = () => document.querySelector("#player [data-path]");
 const point = () => {
   const cursor = element.querySelector(".cursor"), track = element.querySelector(".track"), shown = video();
   if (!cursor || !track) return;
@@ -346,7 +353,7 @@ document.addEventListener("seeking", (event) => {  // by hand: out of the segmen
   point();
 }, true);
 document.addEventListener("error", (event) => {
-  if (event.target.matches?.("#player video")) event.target.nextElementSibling.hidden = false;
+  if (event.target.matches?.("#player [data-path]")) event.target.nextElementSibling.hidden = false;
 }, true);
 watch("value", point);
 """
@@ -354,7 +361,7 @@ watch("value", point);
 # The address of an uploaded file depends on where the page is served (on a Space, behind a proxy), which gradio tells it.
 PLAYER_JS = """
 const load = () => {
-  const shown = element.querySelector("video[data-path]");
+  const shown = element.querySelector("[data-path]");
   if (!shown || shown.src) return;
   const root = new URL((window.gradio_config?.root ?? "").replace(/[/]?$/, "/"), document.baseURI);
   shown.src = new URL("gradio_api/file=" + encodeURIComponent(shown.dataset.path), root);
@@ -404,7 +411,13 @@ def build(models: dict, threshold: float = 0.3, examples: list[Path] = (), cache
 
     def start(file: str | None):
         """Before the model runs: the player, and nothing left of the recording before."""
-        return draw_player(Path(file) if file else None), "", EMPTY, None, *(gr.update(interactive=False) for _ in DOWNLOADS)
+        return (
+            draw_player(Path(file) if file else None),
+            "",
+            EMPTY,
+            None,
+            *(gr.update(interactive=False) for _ in DOWNLOADS),
+        )
 
     def analyse(file: str | None, name: str, *settings, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
         if file is None:
@@ -444,12 +457,16 @@ def build(models: dict, threshold: float = 0.3, examples: list[Path] = (), cache
 
     def save(form: str, suffix: str) -> Callable:
         def write(recording: dict, *settings) -> dict:
-            rows, _ = find(recording, *settings)
-            stem = Path(recording["path"]).stem
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "segments")
-                write_segments(path, rows, format=form)
-                return {"name": stem + suffix, "text": path.read_text(encoding="utf-8")}
+            rows, seconds = find(recording, *settings)
+            # (without `duration`, a segment may end after the last feature)
+            options = {"duration": max([seconds, *(row["end"] for row in rows)])} if form == "youtube" else {}
+            try:
+                text = format_segments(rows, form, **options)
+            except ValueError as error:  # a label that the format cannot hold
+                raise gr.Error(html.escape(str(error))) from error
+            if form == "youtube" and (count := text.count("\n")) < 3:
+                gr.Warning(f"YouTube shows chapters where there are three or more; this file has {count}.")
+            return {"name": Path(recording["path"]).stem + suffix, "text": text}
 
         return write
 
@@ -469,16 +486,16 @@ def build(models: dict, threshold: float = 0.3, examples: list[Path] = (), cache
                     gr.Examples([str(one) for one in examples], file, label="Examples", **private)
                 model = gr.Dropdown(list(models), value=first, label="Model", elem_id="model")
                 takes = gr.HTML(describe(models[first]), elem_id="takes", apply_default_css=False)
-                slide = gr.Slider(0, 1, threshold, step=0.01, label="Threshold", elem_id="threshold")
+                slide = gr.Slider(0, 1, threshold, step=0.01, buttons=[], label="Threshold", elem_id="threshold")
                 own = models[first].feature_extractor
                 with gr.Accordion("Overlapping segments", open=False, elem_id="overlap"):
                     method = gr.Dropdown(list(NMS_METHODS.items()), value=own.nms_method, label="NMS", elem_id="nms")
                     iou = gr.Slider(
-                        0, 1, own.iou_threshold, step=0.05, label="IoU threshold", elem_id="iou",
+                        0, 1, own.iou_threshold, step=0.05, buttons=[], label="IoU threshold", elem_id="iou",
                         info="Less overlap than this leaves both alone.", visible=own.nms_method in ("hard", "linear"),
                     )  # fmt: skip
                     sigma = gr.Slider(
-                        0.05, 2, own.nms_sigma, step=0.05, label="Sigma", elem_id="sigma",
+                        0.05, 2, own.nms_sigma, step=0.05, buttons=[], label="Sigma", elem_id="sigma",
                         info="Smaller suppresses more.", visible=own.nms_method == "soft",
                     )  # fmt: skip
             with gr.Column(scale=3, min_width=300):
@@ -486,7 +503,9 @@ def build(models: dict, threshold: float = 0.3, examples: list[Path] = (), cache
                 player = gr.HTML(elem_id="player", js_on_load=PLAYER_JS, apply_default_css=False)
                 timeline = gr.HTML(EMPTY, elem_id="timeline", js_on_load=JS, apply_default_css=False, min_height=190)
                 with gr.Row(elem_id="downloads"):
-                    buttons = [gr.Button(name, size="sm", min_width=60, interactive=False) for name, _, _ in DOWNLOADS]
+                    buttons = [
+                        gr.Button(f"↓ {name}", size="sm", min_width=60, interactive=False) for name, _, _ in DOWNLOADS
+                    ]
 
         settings = [slide, method, iou, sigma]
         analysed = {
@@ -498,10 +517,12 @@ def build(models: dict, threshold: float = 0.3, examples: list[Path] = (), cache
             "concurrency_id": "model",
             **private,
         }
-        file.change(start, file, [player, message, timeline, recording, *buttons], show_progress="hidden", **private).then(
+        file.change(
+            start, file, [player, message, timeline, recording, *buttons], show_progress="hidden", **private
+        ).then(**analysed)
+        model.input(choose_model, model, [takes, method, iou, sigma], show_progress="hidden", **private).then(
             **analysed
         )
-        model.input(choose_model, model, [takes, method, iou, sigma], show_progress="hidden", **private).then(**analysed)
         method.input(choose_nms, method, [iou, sigma], show_progress="hidden", **private)
         gr.on(
             [setting.input for setting in settings], redraw, [recording, *settings], timeline,
@@ -526,11 +547,17 @@ def describe(localize) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder written by save_pretrained, or a name on the Hub")
-    parser.add_argument("--encoder", help="turns video into the features that MODEL was trained on: a folder, or a name on the Hub")
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="folder written by save_pretrained, or a name on the Hub"
+    )
+    parser.add_argument(
+        "--encoder", help="turns video into the features that MODEL was trained on: a folder, or a name on the Hub"
+    )
     parser.add_argument("--examples", type=Path, help="folder of recordings that the page offers")
     parser.add_argument("--threshold", type=float, default=0.3, help="least score to show at first (default: 0.3)")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in your network in (default: 127.0.0.1)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 lets others in your network in (default: 127.0.0.1)"
+    )
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     parser.add_argument("--max_file_size", default="2gb", help="largest file that may be dropped (default: 2gb)")
     parser.add_argument("--device", help='where models run, such as "cuda" (default: a GPU, if there is one)')
@@ -542,26 +569,30 @@ def main():
         parser.error(f"there is no folder {options.examples}")
     examples = []
     if options.examples is not None:
-        kinds = (*VIDEOS, *TABLES, *ARRAYS)
+        kinds = (*VIDEOS, *SOUNDS, *TABLES, *ARRAYS)
         examples = sorted(one for one in options.examples.iterdir() if one.suffix.lower() in kinds)
         if not examples:
             parser.error(f"{options.examples} has no recordings ({', '.join(kinds)})")
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # of loading; those of encoders are shown in the page
     given = {name: value for name in ("encoder", "device") if (value := getattr(options, name)) is not None}
     try:
         models = {
-            name: pipeline("temporal-action-localization", model=name, **given) for name in dict.fromkeys(options.models)
+            name: pipeline("temporal-action-localization", model=name, **given)
+            for name in dict.fromkeys(options.models)
         }
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    logging.enable_progress_bar()
     build(models, options.threshold, examples).launch(
         server_name=options.host, server_port=options.port, max_file_size=options.max_file_size, **LAUNCH
     )
 
 
+# One of gradio's own, in the weights that it has all letters of.
+FONT = (gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "ui-sans-serif", "system-ui", "sans-serif")
 # Nothing of a session is kept in the browser or sent elsewhere.
-LAUNCH = {"css": CSS, "theme": gr.themes.Default(), "footer_links": [], "run_history": False, "share": False}
+LAUNCH = {"css": CSS, "theme": gr.themes.Default(font=FONT), "footer_links": [], "run_history": False, "share": False}
 
 if __name__ == "__main__":
     main()
