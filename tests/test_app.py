@@ -1,12 +1,9 @@
 """The page of examples/app.py in a browser, as a user meets it: a file dropped, sliders moved, segments played and saved."""
 
-import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import socket
-import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,10 +23,10 @@ playwright = pytest.importorskip(
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --autoplay-policy=no-user-gesture-required"
-).split()
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--autoplay-policy=no-user-gesture-required"),
+]
 # A class name that would be code in the page if it were not escaped, for Python, for gradio's templates and for the browser.
 LABELS = {0: "walk", 1: "<img src=x onerror='window.broken=1'> ${window.broken=1} {{value}} \"&amp;\"", 2: "rest"}
 SECONDS = 15_000  # of patience, in ms: far more than any step takes
