@@ -26,7 +26,7 @@ from modeling_convtransformer.feature_extraction_convtransformer import _read
 from modeling_convtransformer.segments import format_segments
 
 ARRAYS = (".npy", ".npz", ".safetensors")
-TABLES = (".csv", ".parquet")
+TABLES = (".csv", ".tsv", ".parquet")
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ogv")
 SOUNDS = (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")
 KINDS = (
