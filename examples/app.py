@@ -15,7 +15,7 @@ import re
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -50,22 +50,23 @@ EMPTY = '<p class="empty">The timeline of your recording comes here.</p>'
 # Running models
 
 
-class Outputs:
+class Cache:
     """
-    What models gave for the recordings looked at last, so that post-processing alone runs again. Keys name a file's
-    content and a model, so sessions cannot see another's result under their own key; who comes after `limit` bytes have
-    been filled by others waits for the model once more.
+    What was computed last, up to `limit` bytes: features of recordings and outputs of models, so that another model does not
+    extract features again, and other settings do not run the model again. Keys name a file's content and what read it, so
+    that no session sees what is another's; one whose results have been dropped for others' waits once more.
     """
 
     def __init__(self, limit: int):
         self.limit = limit
-        self._kept: OrderedDict[Hashable, list[dict]] = OrderedDict()
-        self._kept_lock, self._model_lock = threading.Lock(), threading.Lock()
+        self._kept: OrderedDict[Hashable, dict] = OrderedDict()
+        # One recording is computed at a time: two would each take their memory and half of the processor.
+        self._kept_lock, self._compute_lock = threading.Lock(), threading.RLock()
 
-    def get(self, key: Hashable, compute: Callable[[], list[dict]]) -> list[dict]:
+    def get(self, key: Hashable, compute: Callable[[], dict]) -> dict:
         if (found := self._find(key)) is not None:
             return found
-        with self._model_lock:  # two forward passes at once would each take memory and half of the processor
+        with self._compute_lock:
             if (found := self._find(key)) is not None:
                 return found
             found = compute()
@@ -75,18 +76,18 @@ class Outputs:
                 self._kept.popitem(last=False)
         return found
 
-    def _find(self, key: Hashable) -> list[dict] | None:
+    def _find(self, key: Hashable) -> dict | None:
         with self._kept_lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
 
 
-def _count_bytes(outputs: list[dict]) -> int:
-    return sum(value.nbytes for one in outputs for value in one.values() if hasattr(value, "nbytes"))
+def _count_bytes(computed: dict) -> int:
+    return sum(value.nbytes for value in computed.values() if hasattr(value, "nbytes"))
 
 
-def as_recording(path: Path, feature_extractor) -> str | dict:
+def as_recording(path: Path, feature_extractor, encoder: str | None = None) -> str | dict:
     """
     What the pipeline takes. Whether an array is features or raw sensor values, its width says; other files it opens itself.
 
@@ -94,7 +95,14 @@ def as_recording(path: Path, feature_extractor) -> str | dict:
         ValueError: a kind of file, or a width, that the model does not take.
     """
     suffix = path.suffix.lower()
-    if suffix in (*VIDEOS, *SOUNDS, *TABLES):
+    if suffix in (*VIDEOS, *SOUNDS):
+        if encoder is None and feature_extractor.encoder is None:
+            raise ValueError(
+                f"{path.name} is a video or sound, and this model does not say which encoder makes its features. Start the page "
+                "with --encoder NAME, the encoder that made the features of its training, or drop a file of features."
+            )
+        return str(path)
+    if suffix in TABLES:
         return str(path)
     if suffix not in ARRAYS:
         kind = f"a {suffix} file" if suffix else "a file without a suffix"
@@ -119,16 +127,16 @@ def _count_channels(feature_extractor) -> int | None:
     return int(channels) if channels.is_integer() else None
 
 
-def run_model(localize, path: Path) -> list[dict]:
-    """The outputs of a recording, ready for `localize.postprocess`, and its length in seconds."""
-    outputs = []
-    for inputs in localize.preprocess(as_recording(path, localize.feature_extractor)):
-        steps = inputs["input_features"].shape[1]
-        outputs.append(localize.forward(inputs))
-    geometry = outputs[0]["geometry"]
-    covered = (steps - 1) * geometry["feature_stride"] + geometry["num_frames"]
-    outputs[0]["seconds"] = geometry["duration"] or covered / geometry["fps"]
-    return outputs
+def run_model(localize, sample: dict) -> dict:
+    """The outputs for a sample of `localize.open`, ready for `localize.postprocess`."""
+    (inputs,) = localize.preprocess(sample)
+    return localize.forward(inputs)
+
+
+def measure(sample: dict) -> float:
+    """Seconds of a sample: those that it says, else those that its features cover."""
+    covered = (len(sample["features"]) - 1) * sample["feature_stride"] + sample["num_frames"]
+    return sample["duration"] or covered / sample["fps"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,29 +393,38 @@ SAVE_JS = """
 # The page
 
 
-def build(models: dict, threshold: float = 0.3, examples: list[Path] = (), cache: int = 2**30) -> gr.Blocks:
+def build(
+    models: dict,
+    encoder: str | None = None,
+    threshold: float = 0.3,
+    examples: Sequence[Path] = (),
+    cache: int = 2**30,
+) -> gr.Blocks:
     """
     Args:
         models: names to pipelines.
+        encoder: of video and sound; default: each model's own.
         threshold: where the slider starts.
         examples: recordings to choose from.
-        cache: bytes of outputs of models that are kept.
+        cache: bytes of features and outputs of models that are kept.
     """
-    outputs = Outputs(cache)
+    kept = Cache(cache)
     first = next(iter(models))
 
-    def get_outputs(recording: dict) -> list[dict]:
-        path, name = Path(recording["path"]), recording["model"]
-        stat = path.stat()  # gradio stores a file under the hash of its content; an example may have been changed
-        key = (str(path), stat.st_size, stat.st_mtime_ns, name)
-        return outputs.get(key, lambda: run_model(models[name], path))
-
     def find(recording: dict, *settings) -> tuple[list[dict], float]:
-        """Segments with these settings, and the length of the recording."""
+        """Segments with these settings, and the length of the recording. The model runs if it did not before."""
+        path, name = Path(recording["path"]), recording["model"]
+        localize, stat = models[name], path.stat()
+        own = localize.feature_extractor
+        # gradio stores a file under the hash of its content; an example may have been changed.
+        file = (str(path), stat.st_size, stat.st_mtime_ns)
+        made = (str(encoder or own.encoder), own.feature_size, own.fps, own.feature_stride, own.num_frames)
+        read = lambda: localize.open(as_recording(path, own, encoder), encoder=encoder)  # noqa: E731
+        run = lambda: {"seconds": measure(sample := kept.get((file, made), read)), **run_model(localize, sample)}  # noqa: E731
+        outputs = kept.get((file, name), run)
         names = ("threshold", "nms_method", "iou_threshold", "nms_sigma")
-        given = get_outputs(recording)
         settings = dict(zip(names, settings, strict=True))
-        return models[recording["model"]].postprocess(given, top_k=MOST_SEGMENTS, **settings), given[0]["seconds"]
+        return localize.postprocess([outputs], top_k=MOST_SEGMENTS, **settings), outputs["seconds"]
 
     def start(file: str | None):
         """Before the model runs: the player, and nothing left of the recording before."""
@@ -428,11 +445,12 @@ def build(models: dict, threshold: float = 0.3, examples: list[Path] = (), cache
             recording = {"path": file, "model": name}
             rows, seconds = find(recording, *settings)
         except Exception as error:  # whatever is wrong with a file: the page says it, and goes on
-            if not isinstance(error, ValueError):
+            text = str(error).replace(str(path), path.name)
+            if not isinstance(error, ValueError | ImportError):
                 traceback.print_exc()
-                error = f"{path.name} could not be read ({type(error).__name__}: {error}). Is the file whole, and of this kind?"
-            message = str(error).replace(str(path), path.name)
-            return draw_message(message), EMPTY, None, *(gr.update(interactive=False) for _ in DOWNLOADS)
+                text = f"it could not be read ({type(error).__name__}: {text}). Is the file whole?"
+            text = text if path.name in text else f"{path.name}: {text.removeprefix('sample 0: ')}"
+            return draw_message(text), EMPTY, None, *(gr.update(interactive=False) for _ in DOWNLOADS)
         shown = draw_timeline(rows, seconds, models[name].model.config.label2id, settings[0])
         return "", shown, recording, *(gr.update(interactive=True) for _ in DOWNLOADS)
 
@@ -446,7 +464,7 @@ def build(models: dict, threshold: float = 0.3, examples: list[Path] = (), cache
         """Settings of the model's feature extractor, which its makers chose."""
         own = models[name].feature_extractor
         return (
-            describe(models[name]),
+            describe(models[name], encoder),
             own.nms_method,
             gr.update(value=own.iou_threshold, visible=own.nms_method in ("hard", "linear")),
             gr.update(value=own.nms_sigma, visible=own.nms_method == "soft"),
@@ -485,7 +503,7 @@ def build(models: dict, threshold: float = 0.3, examples: list[Path] = (), cache
                 if examples:
                     gr.Examples([str(one) for one in examples], file, label="Examples", **private)
                 model = gr.Dropdown(list(models), value=first, label="Model", elem_id="model")
-                takes = gr.HTML(describe(models[first]), elem_id="takes", apply_default_css=False)
+                takes = gr.HTML(describe(models[first], encoder), elem_id="takes", apply_default_css=False)
                 slide = gr.Slider(0, 1, threshold, step=0.01, buttons=[], label="Threshold", elem_id="threshold")
                 own = models[first].feature_extractor
                 with gr.Accordion("Overlapping segments", open=False, elem_id="overlap"):
@@ -534,12 +552,14 @@ def build(models: dict, threshold: float = 0.3, examples: list[Path] = (), cache
     return page
 
 
-def describe(localize) -> str:
+def describe(localize, encoder: str | None = None) -> str:
     """What files a model takes, and what it finds."""
     own, labels = localize.feature_extractor, localize.model.config.id2label
     channels = _count_channels(own)
-    takes = f"features {own.feature_size} wide"
-    takes += f", or {channels} sensor channels at {own.fps:g} Hz" if channels else ""
+    made_by = encoder or (own.encoder and own.encoder["name"])
+    takes = f"video or sound through {made_by}, or " if made_by else ""
+    takes += f"features {own.feature_size} wide"
+    takes += f", or {channels} sensor channels at {own.fps:g} Hz" if channels and not made_by else ""
     names = [labels[index] for index in sorted(labels)]
     finds = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     return f"Takes {html.escape(takes)}. Finds {html.escape(finds)}."
@@ -575,16 +595,15 @@ def main():
             parser.error(f"{options.examples} has no recordings ({', '.join(kinds)})")
 
     logging.disable_progress_bar()  # of loading; those of encoders are shown in the page
-    given = {name: value for name in ("encoder", "device") if (value := getattr(options, name)) is not None}
     try:
         models = {
-            name: pipeline("temporal-action-localization", model=name, **given)
+            name: pipeline("temporal-action-localization", model=name, device=options.device)
             for name in dict.fromkeys(options.models)
         }
     except (ValueError, OSError) as error:
         parser.error(str(error))
     logging.enable_progress_bar()
-    build(models, options.threshold, examples).launch(
+    build(models, options.encoder, options.threshold, examples).launch(
         server_name=options.host, server_port=options.port, max_file_size=options.max_file_size, **LAUNCH
     )
 
