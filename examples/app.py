@@ -254,12 +254,13 @@ def _colour(class_id: int) -> str:
 
 
 CSS = """
-#title, #message, #takes, #player, #timeline { padding: 0; }
+.html-container { padding: 0; }
 .gradio-container { --faint: color-mix(in srgb, var(--body-text-color) 68%, transparent); }
 #title h1 { margin: 0; font-size: 1.7rem; font-weight: 700; line-height: 1.2; }
 #title p { margin: .2rem 0 0; color: var(--faint); }
 #message:not(:has(.message)), #player:not(:has([data-path])) { display: none; }
-#player [data-path] { width: 100%; max-height: 52vh; border-radius: var(--block-radius); display: block; }
+#player [hidden] { display: none; }
+#player [data-path]:not([hidden]) { width: 100%; max-height: 52vh; border-radius: var(--block-radius); display: block; }
 #player video { background: #000; }
 .message { padding: .7rem .9rem; border-radius: var(--block-radius); border: 1px solid var(--error-border-color);
   background: var(--error-background-fill); color: var(--error-text-color); white-space: pre-line; overflow-wrap: anywhere; }
@@ -313,6 +314,7 @@ CSS = """
 # but can be caught on their way down.
 JS = """
 let playing = null;  // the segment whose end stops the video
+let chosen = null;  // in a form that is the same after the timeline has been drawn again
 const video = () => document.querySelector("#player [data-path]");
 const point = () => {
   const cursor = element.querySelector(".cursor"), track = element.querySelector(".track"), shown = video();
@@ -328,10 +330,12 @@ const follow = () => {
   point();
   if (!shown.paused) requestAnimationFrame(follow);
 };
+const identify = (one) => [one.dataset.start, one.dataset.end, one.querySelector(".name").textContent].join(" ");
 const mark = (index) => {
   element.querySelectorAll("button.chosen").forEach((other) => other.classList.remove("chosen"));
   element.querySelectorAll(`[data-index="${index}"]`).forEach((one) => one.classList.add("chosen"));
   const row = element.querySelector(`.list [data-index="${index}"]`), list = element.querySelector(".list");
+  chosen = identify(row);
   const above = row.offsetTop - list.offsetTop, below = above + row.offsetHeight - list.clientHeight;
   list.scrollTop = Math.max(Math.min(list.scrollTop, above), below);
   element.querySelector("p.chosen").textContent = element.querySelector(`.segment[data-index="${index}"]`).title;
@@ -361,9 +365,13 @@ document.addEventListener("seeking", (event) => {  // by hand: out of the segmen
   point();
 }, true);
 document.addEventListener("error", (event) => {
-  if (event.target.matches?.("#player [data-path]")) event.target.nextElementSibling.hidden = false;
+  if (event.target.matches?.("#player [data-path]")) { event.target.hidden = true; event.target.nextElementSibling.hidden = false; }
 }, true);
-watch("value", point);
+watch("value", () => {
+  point();
+  const same = [...element.querySelectorAll(".list button")].find((one) => identify(one) === chosen);
+  if (same) mark(same.dataset.index);
+});
 """
 
 # The address of an uploaded file depends on where the page is served (on a Space, behind a proxy), which gradio tells it.
@@ -436,14 +444,15 @@ def build(
             *(gr.update(interactive=False) for _ in DOWNLOADS),
         )
 
-    def analyse(file: str | None, name: str, *settings, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
+    # (gradio finds `progress` by its position)
+    def analyse(file: str | None, name: str, least, method, iou, sigma, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
         if file is None:
             return "", EMPTY, None, *(gr.update(interactive=False) for _ in DOWNLOADS)
         path = Path(file)
         try:
             progress(0, desc="Reading the recording")
             recording = {"path": file, "model": name}
-            rows, seconds = find(recording, *settings)
+            rows, seconds = find(recording, least, method, iou, sigma)
         except Exception as error:  # whatever is wrong with a file: the page says it, and goes on
             text = str(error).replace(str(path), path.name)
             if not isinstance(error, ValueError | ImportError):
@@ -451,7 +460,7 @@ def build(
                 text = f"it could not be read ({type(error).__name__}: {text}). Is the file whole?"
             text = text if path.name in text else f"{path.name}: {text.removeprefix('sample 0: ')}"
             return draw_message(text), EMPTY, None, *(gr.update(interactive=False) for _ in DOWNLOADS)
-        shown = draw_timeline(rows, seconds, models[name].model.config.label2id, settings[0])
+        shown = draw_timeline(rows, seconds, models[name].model.config.label2id, least)
         return "", shown, recording, *(gr.update(interactive=True) for _ in DOWNLOADS)
 
     def redraw(recording: dict | None, *settings):
