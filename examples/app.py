@@ -43,6 +43,7 @@ DOWNLOADS = (
 )
 MOST_SEGMENTS = 1000  # without NMS a recording has many thousands, more than anyone can look at
 LANES = 6  # segments of one class that overlap are drawn below one another, up to this many
+DAY = 24 * 3600  # seconds that dropped files are kept
 EMPTY = '<p class="empty">The timeline of your recording comes here.</p>'
 
 
@@ -422,6 +423,10 @@ def build(
     def find(recording: dict, *settings) -> tuple[list[dict], float]:
         """Segments with these settings, and the length of the recording. The model runs if it did not before."""
         path, name = Path(recording["path"]), recording["model"]
+        if not path.is_file():
+            raise ValueError(
+                f"{path.name} is not here any more: dropped files are deleted after a day. Drop it again."
+            )
         localize, stat = models[name], path.stat()
         own = localize.feature_extractor
         # gradio stores a file under the hash of its content; an example may have been changed.
@@ -466,7 +471,10 @@ def build(
     def redraw(recording: dict | None, *settings):
         if recording is None:
             return EMPTY
-        rows, seconds = find(recording, *settings)
+        try:
+            rows, seconds = find(recording, *settings)
+        except ValueError as error:
+            raise gr.Error(html.escape(str(error))) from error
         return draw_timeline(rows, seconds, models[recording["model"]].model.config.label2id, settings[0])
 
     def choose_model(name: str):
@@ -484,10 +492,10 @@ def build(
 
     def save(form: str, suffix: str) -> Callable:
         def write(recording: dict, *settings) -> dict:
-            rows, seconds = find(recording, *settings)
-            # (without `duration`, a segment may end after the last feature)
-            options = {"duration": max([seconds, *(row["end"] for row in rows)])} if form == "youtube" else {}
             try:
+                rows, seconds = find(recording, *settings)
+                # (the last segment may end after the last feature)
+                options = {"duration": max([seconds, *(row["end"] for row in rows)])} if form == "youtube" else {}
                 text = format_segments(rows, form, **options)
             except ValueError as error:  # a label that the format cannot hold
                 raise gr.Error(html.escape(str(error))) from error
@@ -498,13 +506,13 @@ def build(
         return write
 
     private = {"api_visibility": "private"}
-    with gr.Blocks(title="ConvTransformer", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+    with gr.Blocks(title="ConvTransformer", analytics_enabled=False, delete_cache=(3600, DAY)) as page:
         gr.HTML(
             "<h1>What happens when?</h1><p>Drop a recording. The model finds actions in it, each with a start and an end.</p>",
             elem_id="title",
             apply_default_css=False,
         )
-        recording = gr.State(None, time_to_live=24 * 3600)
+        recording = gr.State(None, time_to_live=DAY)
         text = gr.JSON(visible="hidden")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):

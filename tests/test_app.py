@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,15 +13,17 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 from test_modeling_convtransformer import make_config, randomize
-from transformers import pipeline
+from transformers import VideoMAEConfig, VideoMAEImageProcessor, VideoMAEModel, pipeline
 
 from modeling_convtransformer import ConvTransformerFeatureExtractor, ConvTransformerForTemporalActionLocalization
+from modeling_convtransformer.features import VideoEncoder
 from modeling_convtransformer.segments import format_segments, parse_segments
 
 gradio = pytest.importorskip("gradio", reason='the page needs gradio: pip install "modeling-convtransformer[app]"')
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="tests of the page need playwright: pip install playwright, and a browser"
 )
+av = pytest.importorskip("av", reason='videos need PyAV: pip install "modeling-convtransformer[video]"')
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = [
@@ -37,15 +40,14 @@ SECONDS = 15_000  # of patience, in ms: far more than any step takes
 # --- What is in the page -----------------------------------------------------------------------------------------------------------
 
 
-def make_detector(folder: Path, seed: int, labels: dict[int, str]) -> str:
-    config = make_config(id2label=labels)
+def make_detector(folder: Path, seed: int, labels: dict[int, str], encoder: str | None = None, **fields) -> str:
+    config = make_config(id2label=labels, **fields)
     model = randomize(ConvTransformerForTemporalActionLocalization(config), seed)
     model.class_head.output.weight.data /= 2  # scores all over the range, none of them 1.0
     model.save_pretrained(folder)
     width = sum(config.stream_widths)
-    ConvTransformerFeatureExtractor(width, fps=10, feature_stride=5, num_frames=2, nms_sigma=0.4).save_pretrained(
-        folder
-    )
+    stride, window = (2, 4) if encoder else (5, 2)
+    ConvTransformerFeatureExtractor(width, 10, stride, window, encoder=encoder, nms_sigma=0.4).save_pretrained(folder)
     return str(folder)
 
 
@@ -73,16 +75,48 @@ def files(tmp_path_factory) -> dict[str, Path]:
     np.save(folder / "broken.npy", broken)
     (folder / "cut.npy").write_bytes((folder / "walk & rest.npy").read_bytes()[:500])
     (folder / "notes.docx").write_bytes(b"no recording")
+    times = np.arange(400) / 10
+    table = np.column_stack([times, random.normal(size=(400, 3))])
+    np.savetxt(folder / "watch.csv", table, delimiter=",", header="time,x,y,z", comments="")
+    np.savetxt(folder / "two.csv", table[:, :3], delimiter=",", header="time,x,y", comments="")
+    write_video(folder / "clip.webm", "libvpx-vp9")
+    write_video(folder / "old.avi", "mpeg4")
+    (folder / "cut.mp4").write_bytes((folder / "clip.webm").read_bytes()[:700])
     return {path.name: path for path in folder.iterdir()}
+
+
+def write_video(path: Path, codec: str):
+    """Ten seconds at 10 frames a second, each second a key frame."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 10
+        for index in range(100):
+            image = np.full((48, 64, 3), 2 * index, dtype=np.uint8)
+            image[:, : index // 2] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def make_encoder(folder: Path) -> str:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    VideoMAEModel(VideoMAEConfig(**sizes, image_size=32, patch_size=16, num_frames=4)).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    VideoMAEImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def served(app, tmp_path_factory):
-    """The page at a free port of this machine, with two models that count how often they run."""
+    """The page at a free port of this machine, with models that count how often they run."""
     folder = tmp_path_factory.mktemp("models")
+    detectors = {
+        "first": make_detector(folder / "first", 0, LABELS),
+        "second": make_detector(folder / "second", 1, PLAIN),
+        "video": make_detector(folder / "video", 6, PLAIN, make_encoder(folder / "encoder"), n_in=16),
+    }
     models = {}
-    for seed, (name, labels) in enumerate({"first": LABELS, "second": PLAIN}.items()):
-        model = make_detector(folder / name, seed, labels)
+    for name, model in detectors.items():
         localize = pipeline("temporal-action-localization", model=model, device="cpu")
         localize.runs = 0
         localize.model.register_forward_pre_hook(lambda *_, own=localize: setattr(own, "runs", own.runs + 1))
@@ -323,19 +357,22 @@ def test_downloads_are_what_is_shown(open_page, served, files, app):
 def test_models_sessions_and_kinds_of_files(open_page, served, files):
     _, models = served
     page, other = open_page(), open_page()
-    expected = {
-        name: find(localize, np.load(files["walk & rest.npy"]), threshold=0.3) for name, localize in models.items()
-    }
+    features = np.load(files["walk & rest.npy"])
+    expected = {name: find(models[name], features, threshold=0.3) for name in ("first", "second")}
     drop(page, files["walk & rest.npy"])
     assert_shows(page, expected["first"], 29.7)
 
-    # A session is not touched by what another does, nor its segments by another's settings.
-    signal = models["first"]({"signal": str(files["signal.npy"])}, threshold=0.3)
-    drop(other, files["signal.npy"])
-    assert_shows(other, sorted(signal, key=lambda row: (row["start"], row["end"])), 40.0)
+    # A session is not touched by what another does.
+    for name, recording in {
+        "watch.csv": str(files["watch.csv"]),
+        "signal.npy": {"signal": str(files["signal.npy"])},
+    }.items():
+        rows = models["first"](recording, threshold=0.3)
+        drop(other, files[name])
+        assert_shows(other, sorted(rows, key=lambda row: (row["start"], row["end"])), 40.0)
     set_slider(other, "threshold", 0.9)
     set_slider(page, "threshold", 0.5)
-    assert_shows(page, find(models["first"], np.load(files["walk & rest.npy"]), threshold=0.5), 29.7)
+    assert_shows(page, find(models["first"], features, threshold=0.5), 29.7)
     set_slider(page, "threshold", 0.3)
 
     runs = models["second"].runs
@@ -356,7 +393,9 @@ def test_wrong_files_are_named_and_the_page_goes_on(open_page, files):
         "wide.npy": ("(60, 7)", "(time, 6)", "(samples, 3)", "Choose the model"),
         "turned.npy": ("(6, 60)", "(time, 6)", "transposed"),
         "broken.npy": ("1 values that are NaN", "time step 3, channel 2", "Repair"),
-        "cut.npy": ("cut.npy",),
+        "cut.npy": ("no readable .npy",),
+        "two.csv": ("(400, 2)", "(samples, 3)"),
+        "clip.webm": ("does not say which encoder", "--encoder"),
     }.items():
         drop(page, files[name])
         message = page.inner_text("#message .message")
@@ -369,6 +408,88 @@ def test_wrong_files_are_named_and_the_page_goes_on(open_page, files):
     drop(page, files["short.safetensors"])
     assert page.locator("#message .message").count() == 0
     assert page.locator("#timeline .segment").count() > 0
+
+
+@pytest.mark.slow
+def test_a_video_plays_from_the_start_of_a_segment_to_its_end(open_page, served, files, monkeypatch):
+    _, models = served
+    page = open_page()
+    choose(page, "model", "video")
+    page.wait_for_selector("#takes:has-text('through')")
+
+    encode, seen = VideoEncoder.encode, []
+
+    def encode_slowly(self, windows):
+        seen.append(len(windows))
+        time.sleep(0.5)
+        return encode(self, windows)
+
+    monkeypatch.setattr(VideoEncoder, "encode", encode_slowly)
+    page.set_input_files("#recording input[type=file]", files["clip.webm"])
+    page.wait_for_selector("#player video")  # while features are made, whose progress stands at the timeline
+    page.wait_for_selector("#timeline .progress-bar")
+    page.wait_for_selector("#timeline :text('clip.webm')")
+    page.wait_for_selector("#downloads button:enabled")
+    monkeypatch.undo()
+    assert sum(seen) == 49  # windows of 4 frames, one each 2, in 100
+    rows = sorted(models["video"](str(files["clip.webm"]), threshold=0.3), key=lambda row: (row["start"], row["end"]))
+    assert_shows(page, rows, 10.0)
+
+    state = (
+        "(() => { const v = document.querySelector('#player video'); return [v.currentTime, v.paused, v.error]; })()"
+    )
+    index = next(i for i, row in enumerate(rows) if row["start"] > 1 and 0.3 < row["end"] - row["start"] < 3)
+    row = rows[index]
+    page.locator("#timeline .list button").nth(index).click()
+    page.wait_for_function("!document.querySelector('#player video').paused")
+    now, _, error = page.evaluate(state)
+    assert error is None
+    assert row["start"] - 0.01 <= now
+    page.wait_for_function("document.querySelector('#player video').paused")
+    # The video stops with the first picture that is drawn after the end; 0.5 s is for a machine with other things to do.
+    assert row["end"] <= page.evaluate(state)[0] <= row["end"] + 0.5
+
+    # On the timeline likewise; and who moves on by hand is not stopped.
+    page.locator(f"#timeline .segment[title^='{row['label']}']").last.click()
+    page.wait_for_function("!document.querySelector('#player video').paused")
+    page.evaluate("document.querySelector('#player video').currentTime = 0.1")
+    page.wait_for_timeout(500)
+    now, paused, _ = page.evaluate(state)
+    assert 0.1 < now < row["start"]
+    assert not paused
+    cursor, track = (
+        page.locator("#timeline .cursor").bounding_box(),
+        page.locator("#timeline .track").first.bounding_box(),
+    )
+    assert cursor["x"] == pytest.approx(
+        track["x"] + now / 10 * track["width"], abs=track["width"] / 20
+    )  # half a second
+
+
+@pytest.mark.slow
+def test_a_video_that_the_browser_cannot_play_has_a_timeline(open_page, files):
+    page = open_page()
+    choose(page, "model", "video")
+    drop(page, files["old.avi"])
+    page.wait_for_selector("#player .message:visible")
+    assert "This browser cannot play old.avi" in page.inner_text("#player")
+    page.locator("#timeline .segment").first.click()
+    assert page.locator("#timeline .chosen[data-index]").count() == 2
+    drop(page, files["cut.mp4"])
+    assert "cut.mp4" in page.inner_text("#message .message")
+
+
+@pytest.mark.slow
+def test_files_that_were_not_dropped_are_not_opened(open_page, served, files):
+    address, _ = served
+    page = open_page()
+    for path in (files["walk & rest.npy"], Path("/etc/passwd")):
+        data = [{"path": str(path), "meta": {"_type": "gradio.FileData"}}]
+        request = {"data": data, "fn_index": 0, "session_hash": path.stem}
+        page.request.post(f"{address}gradio_api/queue/join", data=request)
+        answer = page.request.get(f"{address}gradio_api/queue/data", params={"session_hash": path.stem}).text()
+        assert '"success":false' in answer
+        assert page.request.get(f"{address}gradio_api/file={path}").status == 403
 
 
 @pytest.mark.slow
@@ -404,3 +525,52 @@ def test_a_phone_shows_everything(open_page, files):
         assert 0 <= box["x"] <= box["x"] + box["width"] <= 390
     page.locator("#timeline .list button").nth(1).click()
     assert page.locator("#timeline .chosen[data-index]").count() == 2
+
+
+# --- Without a browser ------------------------------------------------------------------------------------------------------------
+
+
+def test_arguments_that_cannot_work_are_told(app, tmp_path, monkeypatch, capsys):
+    def run(*arguments) -> str:
+        monkeypatch.setattr("sys.argv", ["app.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            app.main()
+        said = capsys.readouterr()
+        assert stop.value.code == (0 if "--help" in arguments else 2)
+        return said.out if "--help" in arguments else said.err
+
+    assert "save_pretrained" in run("--help")
+    assert f"there is no folder {tmp_path / 'gone'}" in run(tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    assert f"there is no folder {tmp_path / 'gone'}" in run(tmp_path / "empty", "--examples", tmp_path / "gone")
+    assert "has no recordings" in run(tmp_path / "empty", "--examples", tmp_path / "empty")
+    assert "config.json" in run(tmp_path / "empty")
+
+
+def test_the_cache_holds_what_was_used_last_within_its_limit(app):
+    computed = []
+
+    def compute(key):
+        computed.append(key)
+        return {"logits": torch.zeros(25), "seconds": 1.0}  # 100 bytes
+
+    cache = app.Cache(250)
+    for key in ("a", "b", "a", "c", "a", "b"):
+        cache.get(key, lambda key=key: compute(key))
+    assert computed == ["a", "b", "c", "b"]  # b made room for c, a was used in between
+    small = app.Cache(50)  # one result is always kept, however large: its sliders would not work else
+    for key in ("a", "a", "b", "a"):
+        small.get(key, lambda key=key: compute(key))
+    assert computed[4:] == ["a", "b", "a"]
+
+
+def test_times_lanes_and_colours(app):
+    times = {0: "0:00.0", 59.96: "1:00.0", 75.26: "1:15.3", 3599.99: "1:00:00.0", 3725.5: "1:02:05.5"}
+    assert {seconds: app.format_time(seconds) for seconds in times} == times
+    assert app.format_time(119.6, 0) == "2:00"
+    rows = [{"start": start, "end": end} for start, end in ((0, 4), (1, 2), (2, 3), (3, 5), (4, 6))]
+    assert app._lanes(rows) == [0, 1, 1, 1, 0]
+    assert max(app._lanes([{"start": 0, "end": 1}] * 20)) == app.LANES - 1
+    # The colour of a class does not depend on what else was found; the first twelve differ by 20 degrees at least.
+    hues = sorted(int(app._colour(index).removeprefix("--hue:")) for index in range(12))
+    assert min(np.diff([*hues, hues[0] + 360])) >= 20
