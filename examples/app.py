@@ -1,4 +1,4 @@
-"""A page that shows what a model finds in a recording: drop a video, features or sensor values, see segments, play them.
+"""A page that shows what a model finds: drop a video, features or sensor values, see the segments, play and save them.
 
     python examples/app.py outputs/watch/model
     python examples/app.py outputs/watch/model someone/their-model --examples recordings/ --port 7861
@@ -53,9 +53,9 @@ EMPTY = '<p class="empty">The timeline of your recording comes here.</p>'
 
 class Cache:
     """
-    What was computed last, up to `limit` bytes: features of recordings and outputs of models, so that another model does not
-    extract features again, and other settings do not run the model again. Keys name a file's content and what read it, so
-    that no session sees what is another's; one whose results have been dropped for others' waits once more.
+    What was computed last, up to `limit` bytes: features of recordings and outputs of models, so that another model does
+    not extract features again, and other settings do not run the model again. Keys name a file's content and what read
+    it, so that no session sees what is another's; one whose results have been dropped for others' waits once more.
     """
 
     def __init__(self, limit: int):
@@ -90,7 +90,7 @@ def _count_bytes(computed: dict) -> int:
 
 def as_recording(path: Path, feature_extractor, encoder: str | None = None) -> str | dict:
     """
-    What the pipeline takes. Whether an array is features or raw sensor values, its width says; other files it opens itself.
+    What the pipeline takes. Whether an array is features or raw sensor values, its width says; other files it opens.
 
     Raises:
         ValueError: a kind of file, or a width, that the model does not take.
@@ -99,8 +99,9 @@ def as_recording(path: Path, feature_extractor, encoder: str | None = None) -> s
     if suffix in (*VIDEOS, *SOUNDS):
         if encoder is None and feature_extractor.encoder is None:
             raise ValueError(
-                f"{path.name} is a video or sound, and this model does not say which encoder makes its features. Start the page "
-                "with --encoder NAME, the encoder that made the features of its training, or drop a file of features."
+                f"{path.name} is a video or sound, and this model does not say which encoder makes its features. Start "
+                "the page with --encoder NAME, the encoder that made the features of its training, or drop a file of "
+                "features."
             )
         return str(path)
     if suffix in TABLES:
@@ -165,8 +166,8 @@ def draw_player(path: Path | None) -> str:
         return ""
     return (
         f'<{tag} controls playsinline preload="metadata" data-path="{html.escape(str(path))}"></{tag}>'
-        f'<p class="message" hidden>This browser cannot play {html.escape(path.name)}. The timeline is not affected. To play '
-        f"segments, convert it, for example with ffmpeg -i INPUT -pix_fmt yuv420p OUTPUT.mp4, and drop that.</p>"
+        f'<p class="message" hidden>This browser cannot play {html.escape(path.name)}. The timeline is not '
+        f"affected. To play segments, convert it, for example with ffmpeg -i INPUT -pix_fmt yuv420p OUTPUT.mp4, and drop that.</p>"
     )
 
 
@@ -199,8 +200,8 @@ def draw_timeline(rows: list[dict], seconds: float, label2id: dict[str, int], th
             f'{html.escape(label)}">{html.escape(label)}</span><div class="track">{segments}</div></div>'
         )
     items = "".join(
-        f'<li><button type="button" data-index="{index}" data-start="{rows[index]["start"]}" data-end="{rows[index]["end"]}" '
-        f'style="{_colour(label2id[rows[index]["label"]])}"><span class="swatch"></span><span class="time">'
+        f'<li><button type="button" data-index="{index}" data-start="{rows[index]["start"]}" '
+        f'data-end="{rows[index]["end"]}" style="{_colour(label2id[rows[index]["label"]])}"><span class="swatch"></span><span class="time">'
         f"{format_time(rows[index]['start'])} &ndash; {format_time(rows[index]['end'])}</span><span class='name'>"
         f"{html.escape(rows[index]['label'])}</span><span class='score'>{rows[index]['score']:.2f}</span></button></li>"
         for index in by_time
@@ -222,8 +223,8 @@ def _draw_segment(index: int, row: dict, seconds: float, top: float, height: flo
     times = f"{format_time(row['start'])} to {format_time(row['end'])}"
     title = html.escape(f"{row['label']}, {times}, score {row['score']:.2f}")
     return (
-        f'<button type="button" class="segment" data-index="{index}" data-start="{row["start"]}" data-end="{row["end"]}" '
-        f'title="{title}" aria-label="{title}" style="left:{100 * start:.4f}%;width:{100 * (end - start):.4f}%;'
+        f'<button type="button" class="segment" data-index="{index}" data-start="{row["start"]}" '
+        f'data-end="{row["end"]}" title="{title}" aria-label="{title}" style="left:{100 * start:.4f}%;width:{100 * (end - start):.4f}%;'
         f'top:{100 * top:.2f}%;height:{100 * height:.2f}%;--score:{row["score"]:.4f}"></button>'
     )
 
@@ -235,11 +236,12 @@ def _draw_axis(seconds: float) -> str:
         f'<span style="left:{100 * tick * step / seconds:.4f}%">{format_time(tick * step, int(step < 1))}</span>'
         for tick in range(math.ceil(0.96 * seconds / step))  # (one at the very end would be cut)
     )
-    return f'<div class="row axis" style="--lanes:1" aria-hidden="true"><span class="label"></span><div class="track">{ticks}</div></div>'
+    track = f'<span class="label"></span><div class="track">{ticks}</div>'
+    return f'<div class="row axis" style="--lanes:1" aria-hidden="true">{track}</div>'
 
 
 def _lanes(rows: list[dict]) -> list[int]:
-    """The first lane that is free, for each of the segments, which are in order of their starts; the last one if none is."""
+    """For each of the segments, in order of their starts, the first lane that is free, or the last if none is."""
     ends, lanes = [], []
     for row in rows:
         lane = next((lane for lane, end in enumerate(ends) if end <= row["start"]), len(ends))
@@ -264,20 +266,22 @@ CSS = """
 #player [data-path]:not([hidden]) { width: 100%; max-height: 52vh; border-radius: var(--block-radius); display: block; }
 #player video { background: #000; }
 .message { padding: .7rem .9rem; border-radius: var(--block-radius); border: 1px solid var(--error-border-color);
-  background: var(--error-background-fill); color: var(--error-text-color); white-space: pre-line; overflow-wrap: anywhere; }
+  background: var(--error-background-fill); color: var(--error-text-color); white-space: pre-line;
+  overflow-wrap: anywhere; }
 #takes { font-size: .85rem; line-height: 1.4; color: var(--faint); }
 #timeline button { color: inherit; font: inherit; background: none; border: 0; cursor: pointer; }
 #timeline .empty { padding: 4.5rem 1rem; text-align: center; color: var(--faint); margin: 0;
   border: 1px dashed var(--border-color-primary); border-radius: var(--block-radius); }
 #timeline .head { display: flex; gap: .35em; align-items: center; flex-wrap: wrap; margin-bottom: .5rem; }
 #timeline .zoom { margin-left: auto; display: flex; gap: .3rem; }
-#timeline .zoom button { width: 2.2rem; height: 2.2rem; border: 1px solid var(--border-color-primary); border-radius: 6px;
-  font-size: 1.2rem; line-height: 1; }
+#timeline .zoom button { width: 2.2rem; height: 2.2rem; border: 1px solid var(--border-color-primary);
+  border-radius: 6px; font-size: 1.2rem; line-height: 1; }
 #timeline .scroll { overflow-x: auto; }
 #timeline .wide { position: relative; width: calc(100% * var(--zoom, 1)); }
-#timeline .row { display: grid; grid-template-columns: 10rem 1fr; margin-bottom: 4px; --height: calc(14px + 14px * var(--lanes)); }
-#timeline .label { position: sticky; left: 0; z-index: 2; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  padding-right: .6rem; line-height: var(--height); background: var(--body-background-fill); font-size: .9rem; }
+#timeline .row { display: grid; grid-template-columns: 10rem 1fr; margin-bottom: 4px;
+  --height: calc(14px + 14px * var(--lanes)); }
+#timeline .label { position: sticky; left: 0; z-index: 2; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; padding-right: .6rem; line-height: var(--height); background: var(--body-background-fill); font-size: .9rem; }
 #timeline .track { position: relative; height: var(--height); border-radius: 4px; overflow: hidden;
   background: color-mix(in srgb, var(--body-text-color) 6%, transparent); }
 #timeline .segment { position: absolute; min-width: 5px; padding: 0; border: 1px solid hsl(var(--hue) 62% 46%);
@@ -286,7 +290,8 @@ CSS = """
 #timeline .segment.chosen { box-shadow: inset 0 0 0 3px var(--body-text-color); z-index: 1; }
 #timeline button:focus-visible { outline: 3px solid var(--color-accent); outline-offset: -3px; z-index: 1; }
 #timeline .axis .track { background: none; height: 1.4em; font-size: .75rem; color: var(--faint); }
-#timeline .axis .track span { position: absolute; padding-left: 3px; border-left: 1px solid var(--faint); white-space: nowrap; }
+#timeline .axis .track span { position: absolute; padding-left: 3px; border-left: 1px solid var(--faint);
+  white-space: nowrap; }
 #timeline .cursor { position: absolute; top: 0; bottom: 0; width: 2px; background: var(--body-text-color); z-index: 1;
   pointer-events: none; }
 #timeline p.chosen { margin: .3rem 0 .7rem; min-height: 1.5em; color: var(--faint); }
@@ -296,7 +301,8 @@ CSS = """
 #timeline .list li + li { border-top: 1px solid var(--border-color-primary); }
 #timeline .list button { display: grid; grid-template-columns: .9rem 7.5rem 1fr auto; gap: .6rem; align-items: center;
   width: 100%; min-height: 2.4rem; padding: .25rem .7rem; text-align: left; }
-#timeline .list button:hover, #timeline .list button.chosen { background: color-mix(in srgb, var(--body-text-color) 6%, transparent); }
+#timeline .list button:hover, #timeline .list button.chosen {
+  background: color-mix(in srgb, var(--body-text-color) 6%, transparent); }
 #timeline .list button.chosen { box-shadow: inset 4px 0 hsl(var(--hue) 62% 46%); }
 #timeline .list .swatch { width: .9rem; height: .9rem; border-radius: 3px; background: hsl(var(--hue) 62% 46%); }
 #timeline .list .time, #timeline .list .score { font-variant-numeric: tabular-nums; }
@@ -311,11 +317,12 @@ CSS = """
 }
 """
 
-# Runs once, when the timeline is made; what is drawn in it later is found through `element`. Events of media do not bubble,
-# but can be caught on their way down.
+# Runs once, when the timeline is made; what is drawn in it later is found through `element`. Events of media do not
+# bubble, but can be caught on their way down.
 JS = """
 let playing = null;  // the segment whose end stops the video
 let chosen = null;  // in a form that is the same after the timeline has been drawn again
+let frame = null;
 const video = () => document.querySelector("#player [data-path]");
 const point = () => {
   const cursor = element.querySelector(".cursor"), track = element.querySelector(".track"), shown = video();
@@ -329,7 +336,8 @@ const follow = () => {
   if (!shown) return;
   if (playing && shown.currentTime >= playing.end) { playing = null; shown.pause(); }
   point();
-  if (!shown.paused) requestAnimationFrame(follow);
+  cancelAnimationFrame(frame);
+  if (!shown.paused) frame = requestAnimationFrame(follow);
 };
 const identify = (one) => [one.dataset.start, one.dataset.end, one.querySelector(".name").textContent].join(" ");
 const mark = (index) => {
@@ -366,7 +374,9 @@ document.addEventListener("seeking", (event) => {  // by hand: out of the segmen
   point();
 }, true);
 document.addEventListener("error", (event) => {
-  if (event.target.matches?.("#player [data-path]")) { event.target.hidden = true; event.target.nextElementSibling.hidden = false; }
+  if (!event.target.matches?.("#player [data-path]")) return;
+  event.target.hidden = true;
+  event.target.nextElementSibling.hidden = false;
 }, true);
 watch("value", () => {
   point();
@@ -375,7 +385,7 @@ watch("value", () => {
 });
 """
 
-# The address of an uploaded file depends on where the page is served (on a Space, behind a proxy), which gradio tells it.
+# The address of an uploaded file depends on where the page is served (on a Space, behind a proxy); gradio says where.
 PLAYER_JS = """
 const load = () => {
   const shown = element.querySelector("[data-path]");
@@ -420,8 +430,8 @@ def build(
     kept = Cache(cache)
     first = next(iter(models))
 
-    def find(recording: dict, *settings) -> tuple[list[dict], float]:
-        """Segments with these settings, and the length of the recording. The model runs if it did not before."""
+    def get_outputs(recording: dict) -> dict:
+        """Of the model, which runs if it did not before, and the recording's length in seconds."""
         path, name = Path(recording["path"]), recording["model"]
         if not path.is_file():
             raise ValueError(
@@ -432,41 +442,47 @@ def build(
         # gradio stores a file under the hash of its content; an example may have been changed.
         file = (str(path), stat.st_size, stat.st_mtime_ns)
         made = (str(encoder or own.encoder), own.feature_size, own.fps, own.feature_stride, own.num_frames)
-        read = lambda: localize.open(as_recording(path, own, encoder), encoder=encoder)  # noqa: E731
-        run = lambda: {"seconds": measure(sample := kept.get((file, made), read)), **run_model(localize, sample)}  # noqa: E731
-        outputs = kept.get((file, name), run)
+
+        def read() -> dict:
+            return localize.open(as_recording(path, own, encoder), encoder=encoder)
+
+        def run() -> dict:
+            sample = kept.get((file, made), read)
+            return {"seconds": measure(sample), **run_model(localize, sample)}
+
+        return kept.get((file, name), run)
+
+    def find(recording: dict, *settings) -> tuple[list[dict], float]:
+        """Segments with these settings, and the length of the recording."""
+        outputs = get_outputs(recording)
         names = ("threshold", "nms_method", "iou_threshold", "nms_sigma")
         settings = dict(zip(names, settings, strict=True))
-        return localize.postprocess([outputs], top_k=MOST_SEGMENTS, **settings), outputs["seconds"]
+        rows = models[recording["model"]].postprocess([outputs], top_k=MOST_SEGMENTS, **settings)
+        return rows, outputs["seconds"]
+
+    def enable(saving: bool) -> list:
+        return [gr.update(interactive=saving) for _ in DOWNLOADS]
 
     def start(file: str | None):
         """Before the model runs: the player, and nothing left of the recording before."""
-        return (
-            draw_player(Path(file) if file else None),
-            "",
-            EMPTY,
-            None,
-            *(gr.update(interactive=False) for _ in DOWNLOADS),
-        )
+        return draw_player(Path(file) if file else None), "", EMPTY, None, *enable(False)
 
-    # (gradio finds `progress` by its position)
-    def analyse(file: str | None, name: str, least, method, iou, sigma, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
+    def analyse(file: str | None, name: str, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
+        """What sliders, which may move meanwhile, do not change."""
         if file is None:
-            return "", EMPTY, None, *(gr.update(interactive=False) for _ in DOWNLOADS)
-        path = Path(file)
+            return "", None, *enable(False)
+        path, recording = Path(file), {"path": file, "model": name}
+        progress(0, desc="Reading the recording")
         try:
-            progress(0, desc="Reading the recording")
-            recording = {"path": file, "model": name}
-            rows, seconds = find(recording, least, method, iou, sigma)
+            get_outputs(recording)
         except Exception as error:  # whatever is wrong with a file: the page says it, and goes on
             text = str(error).replace(str(path), path.name)
             if not isinstance(error, ValueError | ImportError):
                 traceback.print_exc()
                 text = f"it could not be read ({type(error).__name__}: {text}). Is the file whole?"
             text = text if path.name in text else f"{path.name}: {text.removeprefix('sample 0: ')}"
-            return draw_message(text), EMPTY, None, *(gr.update(interactive=False) for _ in DOWNLOADS)
-        shown = draw_timeline(rows, seconds, models[name].model.config.label2id, least)
-        return "", shown, recording, *(gr.update(interactive=True) for _ in DOWNLOADS)
+            return draw_message(text), None, *enable(False)
+        return "", recording, *enable(True)
 
     def redraw(recording: dict | None, *settings):
         if recording is None:
@@ -508,7 +524,8 @@ def build(
     private = {"api_visibility": "private"}
     with gr.Blocks(title="ConvTransformer", analytics_enabled=False, delete_cache=(3600, DAY)) as page:
         gr.HTML(
-            "<h1>What happens when?</h1><p>Drop a recording. The model finds actions in it, each with a start and an end.</p>",
+            "<h1>What happens when?</h1>"
+            "<p>Drop a recording. The model finds actions in it, each with a start and an end.</p>",
             elem_id="title",
             apply_default_css=False,
         )
@@ -519,6 +536,7 @@ def build(
                 file = gr.File(label="Video, features or sensor values", height=150, elem_id="recording")
                 if examples:
                     gr.Examples([str(one) for one in examples], file, label="Examples", **private)
+                    file.keep_in_cache.update(file.temp_files)  # else they are deleted like what users drop
                 model = gr.Dropdown(list(models), value=first, label="Model", elem_id="model")
                 takes = gr.HTML(describe(models[first], encoder), elem_id="takes", apply_default_css=False)
                 slide = gr.Slider(0, 1, threshold, step=0.01, buttons=[], label="Threshold", elem_id="threshold")
@@ -543,28 +561,26 @@ def build(
                     ]
 
         settings = [slide, method, iou, sigma]
+        # (an event that shows no progress of its own)
+        quiet = {"show_progress": "hidden", **private}
         analysed = {
             "fn": analyse,
-            "inputs": [file, model, *settings],
-            "outputs": [message, timeline, recording, *buttons],
+            "inputs": [file, model],
+            "outputs": [message, recording, *buttons],
             "show_progress_on": timeline,
             "concurrency_limit": 1,
             "concurrency_id": "model",
             **private,
         }
-        file.change(
-            start, file, [player, message, timeline, recording, *buttons], show_progress="hidden", **private
-        ).then(**analysed)
-        model.input(choose_model, model, [takes, method, iou, sigma], show_progress="hidden", **private).then(
-            **analysed
-        )
-        method.input(choose_nms, method, [iou, sigma], show_progress="hidden", **private)
-        gr.on(
-            [setting.input for setting in settings], redraw, [recording, *settings], timeline,
-            show_progress="hidden", trigger_mode="always_last", **private,
-        )  # fmt: skip
+        drawn = {"fn": redraw, "inputs": [recording, *settings], "outputs": timeline, **quiet}
+        started = file.change(start, file, [player, message, timeline, recording, *buttons], **quiet)
+        chosen = model.input(choose_model, model, [takes, method, iou, sigma], **quiet)
+        for before in (started, chosen):
+            before.then(**analysed).then(**drawn)
+        gr.on([setting.input for setting in settings], trigger_mode="always_last", **drawn)
+        method.input(choose_nms, method, [iou, sigma], **quiet)
         for button, (_, form, suffix) in zip(buttons, DOWNLOADS, strict=True):
-            saved = button.click(save(form, suffix), [recording, *settings], text, show_progress="hidden", **private)
+            saved = button.click(save(form, suffix), [recording, *settings], text, **quiet)
             saved.success(None, text, None, js=SAVE_JS, **private)
     return page
 
@@ -574,7 +590,7 @@ def describe(localize, encoder: str | None = None) -> str:
     own, labels = localize.feature_extractor, localize.model.config.id2label
     channels = _count_channels(own)
     made_by = encoder or (own.encoder and own.encoder["name"])
-    takes = f"video or sound through {made_by}, or " if made_by else ""
+    takes = f"video or sound (through {Path(made_by).name}), or " if made_by else ""
     takes += f"features {own.feature_size} wide"
     takes += f", or {channels} sensor channels at {own.fps:g} Hz" if channels and not made_by else ""
     names = [labels[index] for index in sorted(labels)]
@@ -582,7 +598,7 @@ def describe(localize, encoder: str | None = None) -> str:
     return f"Takes {html.escape(takes)}. Finds {html.escape(finds)}."
 
 
-def main():
+def main(arguments: Sequence[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="folder written by save_pretrained, or a name on the Hub"
@@ -598,10 +614,12 @@ def main():
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     parser.add_argument("--max_file_size", default="2gb", help="largest file that may be dropped (default: 2gb)")
     parser.add_argument("--device", help='where models run, such as "cuda" (default: a GPU, if there is one)')
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for name in options.models:
         if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             parser.error(f"there is no folder {name}, and a name on the Hub looks like someone/their-model")
+    if not 0 <= options.threshold <= 1:
+        parser.error(f"--threshold is {options.threshold}; expected a score, 0 to 1")
     if options.examples is not None and not options.examples.is_dir():
         parser.error(f"there is no folder {options.examples}")
     examples = []
@@ -628,7 +646,14 @@ def main():
 # One of gradio's own, in the weights that it has all letters of.
 FONT = (gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "ui-sans-serif", "system-ui", "sans-serif")
 # Nothing of a session is kept in the browser or sent elsewhere.
-LAUNCH = {"css": CSS, "theme": gr.themes.Default(font=FONT), "footer_links": [], "run_history": False, "share": False}
+LAUNCH = {
+    "css": CSS,
+    "ssr_mode": False,
+    "theme": gr.themes.Default(font=FONT),
+    "footer_links": [],
+    "run_history": False,
+    "share": False,
+}
 
 if __name__ == "__main__":
     main()
