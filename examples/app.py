@@ -53,9 +53,9 @@ EMPTY = '<p class="empty">The timeline of your recording comes here.</p>'
 
 class Cache:
     """
-    What was computed last, up to `limit` bytes: features of recordings and outputs of models, so that another model does
-    not extract features again, and other settings do not run the model again. Keys name a file's content and what read
-    it, so that no session sees what is another's; one whose results have been dropped for others' waits once more.
+    What was computed last, up to `limit` bytes: features of recordings and outputs of models, so that another model
+    does not extract features again, and other settings do not run the model again. Keys name a file's content and what
+    read it, so that no session sees what is another's; one whose results have made room for others' waits once more.
     """
 
     def __init__(self, limit: int):
@@ -167,7 +167,8 @@ def draw_player(path: Path | None) -> str:
     return (
         f'<{tag} controls playsinline preload="metadata" data-path="{html.escape(str(path))}"></{tag}>'
         f'<p class="message" hidden>This browser cannot play {html.escape(path.name)}. The timeline is not '
-        f"affected. To play segments, convert it, for example with ffmpeg -i INPUT -pix_fmt yuv420p OUTPUT.mp4, and drop that.</p>"
+        f"affected. To play segments, convert it, for example with ffmpeg -i INPUT -pix_fmt yuv420p OUTPUT.mp4, "
+        "and drop that.</p>"
     )
 
 
@@ -201,7 +202,8 @@ def draw_timeline(rows: list[dict], seconds: float, label2id: dict[str, int], th
         )
     items = "".join(
         f'<li><button type="button" data-index="{index}" data-start="{rows[index]["start"]}" '
-        f'data-end="{rows[index]["end"]}" style="{_colour(label2id[rows[index]["label"]])}"><span class="swatch"></span><span class="time">'
+        f'data-end="{rows[index]["end"]}" style="{_colour(label2id[rows[index]["label"]])}">'
+        f'<span class="swatch"></span><span class="time">'
         f"{format_time(rows[index]['start'])} &ndash; {format_time(rows[index]['end'])}</span><span class='name'>"
         f"{html.escape(rows[index]['label'])}</span><span class='score'>{rows[index]['score']:.2f}</span></button></li>"
         for index in by_time
@@ -224,8 +226,9 @@ def _draw_segment(index: int, row: dict, seconds: float, top: float, height: flo
     title = html.escape(f"{row['label']}, {times}, score {row['score']:.2f}")
     return (
         f'<button type="button" class="segment" data-index="{index}" data-start="{row["start"]}" '
-        f'data-end="{row["end"]}" title="{title}" aria-label="{title}" style="left:{100 * start:.4f}%;width:{100 * (end - start):.4f}%;'
-        f'top:{100 * top:.2f}%;height:{100 * height:.2f}%;--score:{row["score"]:.4f}"></button>'
+        f'data-end="{row["end"]}" title="{title}" aria-label="{title}" style="left:{100 * start:.4f}%;'
+        f"width:{100 * (end - start):.4f}%;top:{100 * top:.2f}%;height:{100 * height:.2f}%;"
+        f'--score:{row["score"]:.4f}"></button>'
     )
 
 
@@ -281,7 +284,8 @@ CSS = """
 #timeline .row { display: grid; grid-template-columns: 10rem 1fr; margin-bottom: 4px;
   --height: calc(14px + 14px * var(--lanes)); }
 #timeline .label { position: sticky; left: 0; z-index: 2; overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; padding-right: .6rem; line-height: var(--height); background: var(--body-background-fill); font-size: .9rem; }
+  white-space: nowrap; padding-right: .6rem; line-height: var(--height); background: var(--body-background-fill);
+  font-size: .9rem; }
 #timeline .track { position: relative; height: var(--height); border-radius: 4px; overflow: hidden;
   background: color-mix(in srgb, var(--body-text-color) 6%, transparent); }
 #timeline .segment { position: absolute; min-width: 5px; padding: 0; border: 1px solid hsl(var(--hue) 62% 46%);
