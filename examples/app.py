@@ -172,7 +172,7 @@ def draw_player(path: Path | None) -> str:
     )
 
 
-def draw_timeline(rows: list[dict], seconds: float, label2id: dict[str, int], threshold: float) -> str:
+def draw_timeline(rows: list[dict], seconds: float, label2id: dict[str, int], threshold: float, most: int) -> str:
     """
     One row for each class that was found, in the order of the model's classes, with a button for each segment; and all
     segments by time. The script of the page finds segments by data-index.
@@ -180,6 +180,7 @@ def draw_timeline(rows: list[dict], seconds: float, label2id: dict[str, int], th
     Args:
         rows: `{"label", "score", "start", "end"}`.
         seconds: length of the recording.
+        most: how many segments there can be, so that there may be more where there are so many.
     """
     if not rows:
         return f'<p class="empty">No segment has a score above {threshold:.2f}. A lower threshold may show some.</p>'
@@ -209,7 +210,7 @@ def draw_timeline(rows: list[dict], seconds: float, label2id: dict[str, int], th
         for index in by_time
     )
     count = f"{len(rows)} segment{'s' if len(rows) > 1 else ''}"
-    count = f"The best {MOST_SEGMENTS} segments" if len(rows) == MOST_SEGMENTS else count
+    count = f"The best {count}" if len(rows) >= most else count
     return f"""
 <div class="head"><strong>{count}</strong> above {threshold:.2f} in {format_time(seconds, 0)}
 <span class="zoom"><button type="button" data-zoom="0.5" aria-label="Zoom out">&minus;</button><button type="button"
@@ -495,7 +496,9 @@ def build(
             rows, seconds = find(recording, *settings)
         except ValueError as error:
             raise gr.Error(html.escape(str(error))) from error
-        return draw_timeline(rows, seconds, models[recording["model"]].model.config.label2id, settings[0])
+        localize, threshold = models[recording["model"]], settings[0]
+        most = min(MOST_SEGMENTS, localize.feature_extractor.max_seg_num)
+        return draw_timeline(rows, seconds, localize.model.config.label2id, threshold, most)
 
     def choose_model(name: str):
         """Settings of the model's feature extractor, which its makers chose."""

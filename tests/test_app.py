@@ -568,6 +568,14 @@ def test_the_cache_holds_what_was_used_last_within_its_limit(app):
     assert computed[4:] == ["a", "b", "a"]
 
 
+def test_what_was_left_out_is_said(app):
+    rows = [{"label": "walk", "score": 0.5, "start": float(start), "end": start + 1.0} for start in range(3)]
+    drawn = [app.draw_timeline(rows[:count], 9.0, {"walk": 0}, 0.3, most=3) for count in range(4)]
+    assert "No segment has a score above 0.30" in drawn[0]
+    said = [text.split("<strong>")[1].split("</strong>")[0] for text in drawn[1:]]
+    assert said == ["1 segment", "2 segments", "The best 3 segments"]
+
+
 def test_times_lanes_and_colours(app):
     times = {0: "0:00.0", 59.96: "1:00.0", 75.26: "1:15.3", 3599.99: "1:00:00.0", 3725.5: "1:02:05.5"}
     assert {seconds: app.format_time(seconds) for seconds in times} == times
