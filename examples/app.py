@@ -23,6 +23,7 @@ from transformers import logging, pipeline
 
 import modeling_convtransformer  # noqa: F401 - registers the pipeline
 from modeling_convtransformer.feature_extraction_convtransformer import _read
+from modeling_convtransformer.features import load_encoder
 from modeling_convtransformer.segments import format_segments
 
 ARRAYS = (".npy", ".npz", ".safetensors")
@@ -88,7 +89,7 @@ def _count_bytes(computed: dict) -> int:
     return sum(value.nbytes for value in computed.values() if hasattr(value, "nbytes"))
 
 
-def as_recording(path: Path, feature_extractor, encoder: str | None = None) -> str | dict:
+def as_recording(path: Path, feature_extractor, encoder=None) -> str | dict:
     """
     What the pipeline takes. Whether an array is features or raw sensor values, its width says; other files it opens.
 
@@ -419,7 +420,7 @@ SAVE_JS = """
 
 def build(
     models: dict,
-    encoder: str | None = None,
+    encoder=None,
     threshold: float = 0.3,
     examples: Sequence[Path] = (),
     cache: int = 2**30,
@@ -427,7 +428,7 @@ def build(
     """
     Args:
         models: names to pipelines.
-        encoder: of video and sound; default: each model's own.
+        encoder: of video and sound, from `load_encoder`; default: each model's own.
         threshold: where the slider starts.
         examples: recordings to choose from.
         cache: bytes of features and outputs of models that are kept.
@@ -446,7 +447,13 @@ def build(
         own = localize.feature_extractor
         # gradio stores a file under the hash of its content; an example may have been changed.
         file = (str(path), stat.st_size, stat.st_mtime_ns)
-        made = (str(encoder or own.encoder), own.feature_size, own.fps, own.feature_stride, own.num_frames)
+        made = (
+            encoder.name if encoder else str(own.encoder),
+            own.feature_size,
+            own.fps,
+            own.feature_stride,
+            own.num_frames,
+        )
 
         def read() -> dict:
             return localize.open(as_recording(path, own, encoder), encoder=encoder)
@@ -592,11 +599,11 @@ def build(
     return page
 
 
-def describe(localize, encoder: str | None = None) -> str:
+def describe(localize, encoder=None) -> str:
     """What files a model takes, and what it finds."""
     own, labels = localize.feature_extractor, localize.model.config.id2label
     channels = _count_channels(own)
-    made_by = encoder or (own.encoder and own.encoder["name"])
+    made_by = encoder.name if encoder else own.encoder and own.encoder["name"]
     takes = f"video or sound (through {Path(made_by).name}), or " if made_by else ""
     takes += f"features {own.feature_size} wide"
     takes += f", or {channels} sensor channels at {own.fps:g} Hz" if channels and not made_by else ""
@@ -622,7 +629,7 @@ def main(arguments: Sequence[str] | None = None):
     parser.add_argument("--max_file_size", default="2gb", help="largest file that may be dropped (default: 2gb)")
     parser.add_argument("--device", help='where models run, such as "cuda" (default: a GPU, if there is one)')
     options = parser.parse_args(arguments)
-    for name in options.models:
+    for name in (*options.models, *([options.encoder] if options.encoder else [])):
         if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             parser.error(f"there is no folder {name}, and a name on the Hub looks like someone/their-model")
     if not 0 <= options.threshold <= 1:
@@ -642,10 +649,12 @@ def main(arguments: Sequence[str] | None = None):
             name: pipeline("temporal-action-localization", model=name, device=options.device)
             for name in dict.fromkeys(options.models)
         }
+        device = next(iter(models.values())).device
+        encoder = load_encoder(options.encoder, device=device) if options.encoder else None
     except (ValueError, OSError) as error:
         parser.error(str(error))
     logging.enable_progress_bar()
-    build(models, options.encoder, options.threshold, examples).launch(
+    build(models, encoder, options.threshold, examples).launch(
         server_name=options.host, server_port=options.port, max_file_size=options.max_file_size, **LAUNCH
     )
 

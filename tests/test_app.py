@@ -545,6 +545,7 @@ def test_arguments_that_cannot_work_are_told(app, tmp_path, capsys):
     assert "save_pretrained" in run("--help")
     assert f"there is no folder {tmp_path / 'gone'}" in run(tmp_path / "gone")
     (tmp_path / "empty").mkdir()
+    assert f"there is no folder {tmp_path / 'gone'}" in run(tmp_path / "empty", "--encoder", tmp_path / "gone")
     assert f"there is no folder {tmp_path / 'gone'}" in run(tmp_path / "empty", "--examples", tmp_path / "gone")
     assert "expected a score, 0 to 1" in run(tmp_path / "empty", "--threshold", 2)
     assert "has no recordings" in run(tmp_path / "empty", "--examples", tmp_path / "empty")
