@@ -11,7 +11,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modeling_convtransformer.evaluation import evaluate_detections, evaluate_moments, remove_duplicates
+from modeling_convtransformer.evaluation import (
+    FATES,
+    KINDS,
+    evaluate_detections,
+    evaluate_moments,
+    precision_recall,
+    profile_errors,
+    remove_duplicates,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "v1_map.json").read_text())
 UNKNOWN_VIDEO = "ignore:.*videos that the ground truth lacks"
@@ -519,6 +527,311 @@ def test_infinite_scores_are_legal():
     """Logarithms of probabilities may be -inf; only the order counts."""
     entry = {"segments": [[0, 1], [5, 6]], "labels": [0, 0], "scores": [0.0, -np.inf]}
     assert evaluate_detections({"v": entry}, TRUTH).average_map == 1.0
+
+
+# --- Curves and errors ----------------------------------------------------------------------------------------------
+
+
+@given(some_predictions, some_truth, st.sampled_from([0.1, 0.3, 1 / 3, 0.5, 1.0]))
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.filterwarnings(UNKNOWN_VIDEO)
+def test_area_under_the_curves_is_average_precision(predictions, ground_truth, tiou):
+    curves = precision_recall(predictions, ground_truth, tiou)
+    metrics = evaluate_detections(predictions, ground_truth, tiou)
+    assert list(curves) == metrics.classes.tolist()
+    for curve, expected in zip(curves.values(), metrics.ap[0], strict=True):
+        steps = np.diff(curve.recall, prepend=0.0)
+        np.testing.assert_allclose((steps * curve.interpolated).sum(), expected, **EXACT)
+        np.testing.assert_allclose(curve.ap, expected, **EXACT)
+        found = curve.recall * curve.num_truths
+        np.testing.assert_allclose(found, curve.precision * np.arange(1, len(found) + 1), **EXACT)
+        assert (np.diff(curve.scores) <= 0).all()
+        assert (curve.interpolated >= curve.precision).all()
+
+
+def slow_match(predictions, truths, tiou):
+    """{(video, row): (video, label, index) of the truth that it takes}, and the rank of each prediction in its class."""
+    rows = [(video, row) for video, entry in predictions.items() for row in range(len(entry["labels"]))]
+    rows.sort(key=lambda key: -predictions[key[0]]["scores"][key[1]])
+    taken, ranks, num = {}, {}, {}
+    for video, row in rows:
+        label = predictions[video]["labels"][row]
+        ranks[video, row] = num[label] = num.get(label, -1) + 1
+        best = (0.0, None)
+        for index, truth in enumerate(truths.get((video, label), [])):
+            overlap = slow_tiou(predictions[video]["segments"][row], truth)
+            if overlap >= tiou and overlap > best[0] and (video, label, index) not in taken.values():
+                best = (overlap, (video, label, index))
+        if best[1] is not None:
+            taken[video, row] = best[1]
+    return taken, ranks, rows
+
+
+def slow_kind(overlap, same, tiou, background):
+    if overlap >= tiou:
+        return 1 if same else 2
+    return 5 if overlap < background else 3 if same else 4
+
+
+def slow_truths(ground_truth):
+    truths = {}
+    for video, entry in ground_truth.items():
+        for segment, label in zip(*slow_remove_duplicates(entry["segments"], entry["labels"]), strict=True):
+            truths.setdefault((video, label), []).append(segment)
+    return truths
+
+
+def slow_kinds(predictions, ground_truth, tiou, background):
+    """{(video, row): (kind, nearest truth or None)} of predictions of known classes, and what `slow_match` gives."""
+    truths = slow_truths(ground_truth)
+    taken, ranks, rows = slow_match(predictions, truths, tiou)
+    known = {label for _, label in truths}
+    kinds = {}
+    for video, row in rows:
+        label, segment = predictions[video]["labels"][row], predictions[video]["segments"][row]
+        if label not in known:
+            continue
+        nearest = (0.0, False, None)
+        for (where, other), segments in sorted(truths.items(), key=lambda item: item[0][1]):
+            for index, truth in enumerate(segments if where == video else []):
+                candidate = (slow_tiou(segment, truth), other == label)
+                if candidate > nearest[:2]:
+                    nearest = (*candidate, (video, other, index))
+        kind = 0 if (video, row) in taken else slow_kind(*nearest[:2], tiou, background)
+        kinds[video, row] = (kind, nearest[2])
+    return kinds, taken, ranks, truths
+
+
+def slow_profile(predictions, ground_truth, tiou, background, top_k, inner_edges):
+    """counts, fates and confusion as `profile_errors` gives them, straight from its words."""
+    kinds, taken, ranks, truths = slow_kinds(predictions, ground_truth, tiou, background)
+    classes = sorted({label for _, label in truths})
+    size = {wanted: sum(len(s) for (_, label), s in truths.items() if label == wanted) for wanted in classes}
+    counts = np.zeros((top_k, len(classes), 6), int)
+    fates = np.zeros((len(classes), len(inner_edges) + 1, 6), int)
+    confusion = np.zeros((len(classes), len(classes) + 1), int)
+    kept = []
+    for (video, row), (kind, _) in kinds.items():
+        label = predictions[video]["labels"][row]
+        multiple = ranks[video, row] // size[label]
+        if multiple < top_k:
+            counts[multiple, classes.index(label), kind] += 1
+            kept.append((video, row))
+    for (video, label), segments in truths.items():
+        for index, (start, end) in enumerate(segments):
+            near = (0.0, False)
+            for where, row in kept:
+                if where == video:
+                    entry = predictions[video]
+                    overlap = slow_tiou(entry["segments"][row], (start, end))
+                    near = max(near, (overlap, entry["labels"][row] == label))
+            is_found = any(taken.get(key) == (video, label, index) for key in kept)
+            fate = 0 if is_found else slow_kind(*near, tiou, background)
+            length_range = sum(end - start >= edge for edge in inner_edges)
+            fates[classes.index(label), length_range, fate] += 1
+            best = None
+            for where, row in kinds:  # by falling score
+                entry = predictions[where]
+                if where == video and best is None and slow_tiou(entry["segments"][row], (start, end)) >= tiou:
+                    best = classes.index(entry["labels"][row])
+            confusion[classes.index(label), len(classes) if best is None else best] += 1
+    return counts, fates, confusion
+
+
+def slow_gains(predictions, ground_truth, tiou, background):
+    """Average mAP and its gains at one threshold, by evaluating dictionaries that were changed row by row."""
+    kinds, taken, _, truths = slow_kinds(predictions, ground_truth, tiou, background)
+    found = set(taken.values())
+    missed = {(video, label, i) for (video, label), segments in truths.items() for i in range(len(segments))} - found
+    not_missed = set()
+
+    def score(changes, removed, truth=ground_truth):
+        changed = {}
+        for video, entry in predictions.items():
+            rows = [row for row in range(len(entry["labels"])) if (video, row) not in removed]
+            of = lambda name, row: changes.get((video, row), {}).get(name, entry[name + "s"][row])  # noqa: B023, E731
+            changed[video] = {name + "s": [of(name, row) for row in rows] for name in ("segment", "label", "score")}
+        return evaluate_detections(changed, truth, tiou).average_map
+
+    now, removed_gains, right_gains = score({}, set()), [], []
+    for kind in range(1, 6):
+        wrong = [key for key, (own, _) in kinds.items() if own == kind]  # by falling score
+        removed_gains.append(score({}, set(wrong)) - now)
+        changes = {}
+        for key in wrong if kind in (2, 3, 4) else []:
+            video, label, index = truth = kinds[key][1]
+            if truth not in found:
+                not_missed.add(truth)
+                if truth not in [change["truth"] for change in changes.values()]:
+                    changes[key] = {"truth": truth, "label": label}
+                    if kind > 2:
+                        changes[key]["segment"] = truths[video, label][index]
+        right_gains.append(score(changes, set(wrong) - set(changes)) - now)
+    missed -= not_missed
+    asked = {video: {"segments": [], "labels": []} for video in ground_truth}
+    for (video, label), segments in truths.items():
+        for index, segment in enumerate(segments):
+            if (video, label, index) not in missed:
+                asked[video]["segments"].append(segment)
+                asked[video]["labels"].append(label)
+    is_left = any(entry["labels"] for entry in asked.values())
+    right_gains.append((score({}, set(), asked) if is_left else 1.0) - now)
+    return now, removed_gains, right_gains
+
+
+@given(
+    some_predictions,
+    some_truth,
+    st.sampled_from([(0.5, 0.1), (0.3, 0.3), (1 / 3, 0.2), (1.0, 0.25)]),
+    st.integers(1, 4),
+    st.sampled_from([[], [2.0], [1.0, 3.0, 4.5]]),
+)
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.filterwarnings(UNKNOWN_VIDEO)
+def test_profile_equals_brute_force(predictions, ground_truth, tious, top_k, edges):
+    tiou, background = tious
+    lengths = edges or 1
+    profile = profile_errors(
+        predictions, ground_truth, tiou, background, top_k, lengths=lengths, impact_thresholds=(tiou, 1.0)
+    )
+    counts, fates, confusion = slow_profile(predictions, ground_truth, tiou, background, top_k, edges)
+    np.testing.assert_array_equal(profile.counts, counts)
+    np.testing.assert_array_equal(profile.fates, fates)
+    np.testing.assert_array_equal(profile.confusion, confusion)
+    kinds, *_ = slow_kinds(predictions, ground_truth, tiou, background)
+    for video, own in profile.kinds.items():
+        assert len(own) == len(predictions[video]["labels"])
+    given = sorted(kind for (kind, _) in kinds.values())
+    if profile.counts.sum() == len(given):  # all are counted
+        assert sorted(kind for own in profile.kinds.values() for kind in own if kind >= 0) == given
+        for (video, row), (kind, _) in kinds.items():
+            assert profile.kinds[video][row] == kind
+
+    rows = [slow_gains(predictions, ground_truth, own, background) for own in (tiou, 1.0)]
+    average_map, removed, right = (np.mean([row[place] for row in rows], axis=0) for place in range(3))
+    np.testing.assert_allclose(profile.average_map, average_map, **EXACT)
+    np.testing.assert_allclose(profile.gain_if_removed, removed, **EXACT)
+    np.testing.assert_allclose(profile.gain_if_right, right, **EXACT)
+    # Nothing that is mended may cost: -1e-15 is a difference of equal sums.
+    assert min(*profile.gain_if_removed, *profile.gain_if_right) > -1e-15
+
+
+@pytest.mark.filterwarnings(UNKNOWN_VIDEO)
+def test_profile_counts_the_true_positives_of_the_evaluation():
+    predictions, ground_truth = GOLDEN["predictions"], GOLDEN["ground_truth"]
+    profile = profile_errors(predictions, ground_truth, 0.4, top_k=1000)
+    curves = precision_recall(predictions, ground_truth, 0.4)
+    expected = [curve.recall[-1] * curve.num_truths for curve in curves.values()]
+    np.testing.assert_allclose(profile.counts[..., 0].sum(axis=0), expected, **EXACT)
+    np.testing.assert_allclose(profile.fates[..., 0].sum(axis=1), expected, **EXACT)
+    metrics = evaluate_detections(predictions, ground_truth)
+    assert profile.average_map == pytest.approx(metrics.average_map, abs=1e-12)
+    assert profile.counts.sum() == metrics.num_predictions - metrics.num_unknown_classes
+    assert profile.fates.sum() == profile.confusion.sum() == metrics.num_ground_truth
+    assert (profile.fates.sum(axis=(0, 2)) > 0).all()  # ranges of length by quantiles are never empty
+
+
+def one_of_each():
+    """One video, one error of each kind, in the order of KINDS; truths 4 and 5 are found by nobody."""
+    truth = {"segments": [[0, 10], [20, 30], [40, 50], [60, 70], [80, 90]], "labels": [0, 1, 0, 1, 1]}
+    found = {
+        "segments": [[0, 10], [0, 9], [20, 30], [40, 44], [60, 64], [100, 110]],
+        "labels": [0, 0, 0, 0, 0, 0],
+        "scores": [0.9, 0.8, 0.7, 0.6, 0.5, 0.4],
+    }
+    return {"a": found}, {"a": truth}
+
+
+def test_one_error_of_each_kind():
+    profile = profile_errors(*one_of_each(), lengths=[5, 20], impact_thresholds=0.5)
+    assert profile.kinds["a"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert profile.counts[:, 0].sum(axis=0).tolist() == [1] * 6
+    assert profile.counts[0, 0].tolist() == [1, 1, 0, 0, 0, 0]  # class 0 has two truths: its two best predictions
+    assert profile.video_errors == {"a": (1, 4)}
+    assert profile.fates.sum(axis=(0, 1)).tolist() == [1, 0, 1, 1, 1, 1]
+    assert profile.fates.sum(axis=(0, 2)).tolist() == [0, 5, 0]
+    assert profile.confusion.tolist() == [[1, 0, 1], [1, 0, 2]]
+    # Class 0 has AP 1/2, class 1 has 0. Right labels find the first of class 1's three truths, which is AP 1/3.
+    assert profile.average_map == pytest.approx(0.25)
+    assert profile.gain_if_right[1] == pytest.approx(1 / 6)
+    # The right ends make the fourth of class 0's predictions correct: half of AP's steps, at precision 2/4.
+    assert profile.gain_if_right[2] == pytest.approx(0.5 * 0.5 / 2)
+    assert profile.gain_if_right[3] == pytest.approx(1 / 6)
+    assert profile.gain_if_right[5] == pytest.approx(0.0)  # one truth less for a class that finds none
+
+
+def test_the_nearest_truth_decides_and_of_equal_ones_that_of_the_class():
+    truth = {"a": {"segments": [[0, 10], [0, 10], [1, 11]], "labels": [0, 1, 2]}}
+    found = {"a": {"segments": [[0, 10], [0, 10], [1, 11]], "labels": [1, 1, 1], "scores": [0.9, 0.8, 0.7]}}
+    assert profile_errors(found, truth).kinds["a"].tolist() == [0, 1, 2]
+
+
+def test_a_prediction_between_two_truths_is_shared():
+    truth = {"a": {"segments": [[0, 10], [2, 12]], "labels": [0, 0]}}
+    found = {"a": {"segments": [[1, 11]], "labels": [0], "scores": [0.9]}}
+    fates = profile_errors(found, truth).fates.sum(axis=(0, 1))
+    assert dict(zip(FATES, fates.tolist(), strict=True)) == dict.fromkeys(FATES, 0) | {"found": 1, "shared": 1}
+
+
+@pytest.mark.parametrize("predictions", [{}, {"a": {"segments": [], "labels": [], "scores": []}}])
+def test_profile_of_nothing(predictions):
+    profile = profile_errors(predictions, {"a": {"segments": [[0, 1], [2, 4]], "labels": [3, 7]}})
+    assert profile.counts.sum() == 0
+    assert profile.fates.sum(axis=(0, 1)).tolist() == [0, 0, 0, 0, 0, 2]
+    assert profile.confusion.tolist() == [[0, 0, 1], [0, 0, 1]]
+    assert profile.gain_if_right.tolist() == [0, 0, 0, 0, 0, 1]
+    assert {video: own.tolist() for video, own in profile.kinds.items()} == {video: [] for video in predictions}
+    assert "missed" in str(profile)
+
+
+def test_pairs_of_a_large_video_come_in_parts():
+    """2200 x 1000 pairs are more than are looked at at once."""
+    rng = np.random.default_rng(0)
+    starts = np.sort(rng.uniform(0, 5000, 1000))
+    truth = np.stack([starts, starts + 3], axis=1)
+    found = truth[rng.integers(0, 1000, 2200)] + rng.normal(0, 0.5, (2200, 1))
+    predictions = {"a": {"segments": found, "labels": np.zeros(2200, int), "scores": rng.random(2200)}}
+    ground_truth = {"a": {"segments": truth, "labels": np.zeros(1000, int)}}
+    profile = profile_errors(predictions, ground_truth, top_k=3, impact_thresholds=0.5)
+    overlap = np.minimum(found[:, None, 1], truth[:, 1]) - np.maximum(found[:, None, 0], truth[:, 0])
+    highest = (overlap.clip(0) / (6 - overlap.clip(0))).max(axis=1)
+    assert (profile.kinds["a"] == 5).sum() == (highest < 0.1).sum()
+    assert (profile.kinds["a"] == 3).sum() == ((highest >= 0.1) & (highest < 0.5)).sum()
+
+
+def test_profile_prints_a_table_and_is_json_ready():
+    profile = profile_errors(*one_of_each(), lengths=[5, 20], impact_thresholds=(0.3, 0.5))
+    text = str(profile)
+    for kind in (*KINDS, *FATES):
+        assert kind in text
+    assert "from 20 s" in text
+    assert "1G" in text
+    assert "tIoU 0.3 to 0.5" in text
+    assert not any(line != line.rstrip() or len(line) > 119 for line in text.splitlines())
+    values = json.loads(json.dumps(profile.to_dict(), allow_nan=False))
+    assert values["predictions"]["wrong label"] == [0, 1, *[0] * 8]
+    assert values["truths"]["missed"] == [0, 1, 0]
+    assert values["lengths"] == ["0 to 5 s", "5 to 20 s", "from 20 s"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"background_tiou": 0.0}, "background_tiou must be above 0 and at most the lowest threshold, 0.3"),
+        ({"background_tiou": 0.4}, "at most the lowest threshold, 0.3"),
+        ({"tiou_threshold": (0.5, 0.6)}, "tiou_threshold must be one number"),
+        ({"tiou_threshold": 1.5}, "numbers in"),
+        ({"top_k": 0}, "top_k must be"),
+        ({"top_k": [1, 5]}, "top_k must be one number"),
+        ({"lengths": 0}, "whole numbers >= 1"),
+        ({"lengths": [3, 2]}, "lengths must be rising numbers"),
+        ({"lengths": [0, 2]}, "lengths must be rising numbers"),
+        ({"impact_thresholds": []}, "numbers in"),
+    ],
+)
+def test_profile_refuses_bad_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        profile_errors(*one_of_each(), **options)
 
 
 # --- Moments ------------------------------------------------------------------------------------------------------------
