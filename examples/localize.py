@@ -14,7 +14,7 @@ import numpy as np
 from transformers import logging, pipeline
 
 import modeling_convtransformer  # noqa: F401 - registers the pipeline
-from modeling_convtransformer.visualization import plot_timeline
+from modeling_convtransformer.visualization import plot_timeline, save_figure
 
 
 def format_table(segments: list[dict], truth: list[dict] | None) -> str:
@@ -63,19 +63,11 @@ def main():
     print(format_table(segments, truth))
 
     if options.picture is not None:
-        predictions = {
-            "segments": [(one["start"], one["end"]) for one in segments],
-            "labels": [config.label2id[one["label"]] for one in segments],
-            "scores": [one["score"] for one in segments],
-        }
-        ground_truth = truth and {
-            "segments": [one["segment"] for one in truth],
-            "labels": [config.label2id[one["label"]] for one in truth],
-        }
-        path = plot_timeline(
-            predictions, options.picture, config.id2label, ground_truth, duration=duration, title=options.signal.stem
-        )
-        print(f"\npicture: {path}")
+        ground_truth = truth and [
+            {"label": one["label"], "start": one["segment"][0], "end": one["segment"][1]} for one in truth
+        ]
+        figure = plot_timeline(segments, config.id2label, ground_truth, duration=duration, title=options.signal.stem)
+        print(f"\npicture: {save_figure(figure, options.picture)}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ from modeling_convtransformer.training import (
     load_for_classes,
     shareable_command,
 )
-from modeling_convtransformer.visualization import plot_timeline
+from modeling_convtransformer.visualization import plot_timeline, save_figure
 
 
 @dataclass
@@ -408,18 +408,17 @@ def evaluate(trainer: TemporalActionTrainer) -> DetectionMetrics:
 def draw(found: dict, truth: dict, dataset: Dataset, id2label: dict[int, str], path: Path) -> dict[str, str]:
     """The timeline of the first recording with segments, as `create_model_card` takes it; nothing without matplotlib."""
     index = next(index for index in truth if len(truth[index]["labels"]))
-    best = found[index]["scores"] > SHOWN
-    predictions = {name: values[best] for name, values in found[index].items()}
     item = dataset[index]
     duration = item["geometry"]["duration"]
     try:
-        plot_timeline(predictions, path, id2label, truth[index], None if duration is None else float(duration))
+        figure = plot_timeline(found[index], id2label, truth[index], duration and float(duration), min_score=SHOWN)
+        save_figure(figure, path)
     except ImportError:
         return {}
     return {
         "picture": path.name,
-        "caption": f"The evaluation recording `{item['video_id']}`: truth above; below, what is predicted with a score above "
-        f"{SHOWN}, the paler the lower.",
+        "caption": f"The evaluation recording `{item['video_id']}`: of each class, the truth as a dark line, and below it what is "
+        f"predicted with a score of at least {SHOWN}, the paler the lower.",
     }
 
 
