@@ -99,8 +99,6 @@ def read_rows(content: Mapping, path: Path, with_scores: bool) -> dict[str, list
             if len({len(column) for column in columns}) > 1:
                 raise Usage(f"{path}, {name}: segments, labels and scores must be of the same number")
             entry = [{"segment": a, "label": b, "score": c} for a, b, c in zip(*columns, strict=True)]
-        elif isinstance(entry, dict) and "annotations" in entry:
-            entry = entry["annotations"]
         if not isinstance(entry, list):
             raise Usage(f"{path}, {name}: expected a list of segments, but found a {type(entry).__name__}")
         recordings[name] = [
@@ -142,6 +140,7 @@ def read_detections(predictions: Path, annotations: Path, subset: list[str] | No
                     f"{annotations} has no recording of --subset {' '.join(subset)}; it has {', '.join(known)}"
                 )
         durations = {name: entry.get("duration") for name, entry in truth.items()}
+        truth = {name: entry.get("annotations") or [] for name, entry in truth.items()}  # a testing subset has none
     elif subset is not None:
         raise Usage(f"--subset needs annotations of ActivityNet's format; {annotations} names no subsets")
     found = read_rows(found.get("results", found), predictions, with_scores=True)
@@ -150,14 +149,17 @@ def read_detections(predictions: Path, annotations: Path, subset: list[str] | No
     names = names or sorted(in_truth, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
     names += sorted(in_found - {*names})
     label2id = {name: label for label, name in enumerate(names)}
-    if not {*found} & {*truth}:
+    num_others = len({*found} - {*truth})
+    if num_others == len(found):
         raise Usage(f"{predictions} and {annotations} have no recording in common: is --subset right?")
     return Detections(
         {name: to_arrays(rows, label2id) for name, rows in found.items() if name in truth},
         {name: to_arrays(rows, label2id) for name, rows in truth.items()},
         dict(enumerate(names)),
         durations,
-        f"{predictions.name} and {annotations.name}" + (f", {', '.join(subset)}" if subset else ""),
+        f"{predictions.name} and {annotations.name}"
+        + (f", {', '.join(subset)}" if subset else "")
+        + (f"; {num_others} predicted recordings that the annotations lack are left out" if num_others else ""),
     )
 
 
@@ -227,7 +229,7 @@ def run_model(options: argparse.Namespace) -> Detections:
         dataset.ground_truth(),
         {int(label): name for label, name in model.config.id2label.items()},
         durations,
-        f"the model {options.model.resolve().name} and {source}"
+        f"the model {'/'.join(options.model.resolve().parts[-2:])} and {source}"
         + (f", {', '.join(options.subset)}" if options.subset else ""),
         lambda name: (*run(row[name]), model.config.detector_strides),
     )
@@ -334,7 +336,8 @@ p.note, figcaption { color: #555; font-size: .875rem; margin: .3rem 0; max-width
 figure { margin: .5rem 0 1rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 7rem; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
+@media (max-width: 40rem) { th, td { padding: .25rem .4rem; } th:first-child, td:first-child { min-width: 5rem; } }
 thead th { border-bottom: 2px solid #999; vertical-align: bottom; }
 .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; border-radius: 2px; }
 .confusion th.up { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; font-weight: normal;
@@ -405,16 +408,21 @@ def summary(metrics: DetectionMetrics, threshold, tiou: float) -> str:
     return text + table(header, rows) + f'<p class="note">{note}</p>'
 
 
-def class_table(metrics: DetectionMetrics, profile: ErrorProfile, id2label: Mapping[int, str]) -> str:
+def class_table(
+    metrics: DetectionMetrics,
+    curves: Mapping[int, PrecisionRecall],
+    profile: ErrorProfile,
+    id2label: Mapping[int, str],
+) -> str:
     fates = profile.fates.sum(axis=1)
-    header = ["class", "segments", "mean AP", *(f"AP@{value:g}" for value in metrics.tiou_thresholds), *FATES]
+    header = ["class", "segments", "mean AP", f"AP@{profile.tiou_threshold:g}", *FATES]
     order = np.argsort(metrics.ap.mean(axis=0), kind="stable")
     rows = [
         [
             class_cell(int(metrics.classes[index]), id2label),
             str(fates[index].sum()),
             f"<b>{percent(metrics.ap[:, index].mean())}</b>",
-            *map(percent, metrics.ap[:, index]),
+            percent(curves[int(metrics.classes[index])].ap),
             *(str(count) if count else "" for count in fates[index]),
         ]
         for index in order
@@ -486,7 +494,7 @@ def make_page(detections: Detections, options: argparse.Namespace) -> str:
     curves = precision_recall(predictions, truth, tiou)
     threshold = best_threshold(curves)
     min_score = options.min_score if options.min_score is not None else threshold[0] / 2 if threshold else 0.0
-    title = options.title or f"Where the detector errs: {detections.source}"
+    title = options.title or "What the detector finds, and where it errs"
     words = "".join(f"<li>{escape(line)}</li>" for line in in_words(profile, id2label))
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -499,19 +507,20 @@ def make_page(detections: Detections, options: argparse.Namespace) -> str:
             plot_error_profile(profile),
             "Error profile: kinds of predictions, gains in mAP, truths by length",
             f"Left: what each class's best predictions are at tIoU {tiou:g}, G at a time, G being its number of segments. "
-            "Middle: what average mAP would gain. Right: what becomes of segments of different lengths. Gains do not add up.",
+            "Middle: what average mAP would gain; gains do not add up. Right: what becomes of segments of different lengths, if "
+            "each class keeps its G best predictions.",
         ),
         "<h2>Classes</h2>",
-        class_table(metrics, profile, id2label),
+        class_table(metrics, curves, profile, id2label),
         f'<p class="note">The lowest average precision first, in percent. The last columns count what becomes of the '
-        f"segments of the class at tIoU {tiou:g}, where its 10 * G best predictions count.</p>",
+        f"segments of the class at tIoU {tiou:g}, if each class keeps as many predictions as it has segments.</p>",
         f"<h2>Precision and recall at tIoU {tiou:g}</h2>",
         picture(plot_precision_recall(curves, id2label), "Precision over recall for each class"),
         "<h2>Confusion between classes</h2>",
         f'<p class="note">For each true segment, the class of the best-scored prediction that meets it at tIoU {tiou:g}.</p>',
         confusion_table(profile, id2label),
         "<h2>Recordings with the most errors</h2>",
-        f'<p class="note">By false positives and segments not found, when each class keeps its G best predictions. A row is a '
+        f'<p class="note">By false positives and segments not found, if each class keeps its G best predictions. A row is a '
         f"class: the truth is the dark line, below it are predictions with a score of at least {min_score:.2f}, the paler "
         "the lower.</p>",
         recordings(

@@ -507,7 +507,7 @@ class ErrorProfile:
         counts: (K, C, 6) predictions by kind (`KINDS`). A class with G truths puts its G best predictions into the first
             row, the next G into the second, and so on; what comes after K * G is not counted.
         length_edges: (B + 1,) seconds; a length that equals an edge lies in the upper range.
-        fates: (C, B, 6) truths by what becomes of them (`FATES`), the counted predictions given.
+        fates: (C, B, 6) truths by what becomes of them (`FATES`), if only each class's G best predictions count.
         confusion: (C, C + 1) truths of a class (row) by the class of the best-scored prediction that meets them (tIoU at
             or above the threshold); the last column: no prediction does.
         average_map: as `evaluate_detections` finds it at `impact_thresholds`.
@@ -515,7 +515,7 @@ class ErrorProfile:
         gain_if_right: (6,) what it would gain if they were right, as far as there is a truth to be right about, and, last,
             if the missed truths had not been asked for (the idea of TIDE).
         kinds: {video: (N,)} the kind of each prediction, an index into `KINDS`, in the order given; -1: not counted.
-        video_errors: {video: (false positives, truths not found)}, where only the first row of `counts` is looked at.
+        video_errors: {video: (false positives, truths not found)}, if only each class's G best predictions count.
     """
 
     tiou_threshold: float
@@ -587,7 +587,7 @@ class ErrorProfile:
         lines += table(
             ["", "if removed", "if right"], [*gains, ["missed", "", f"{100 * self.gain_if_right[-1]:+.2f}"]]
         )
-        lines += ["", "Truths by length:"]
+        lines += ["", "Truths by length, if only the G best predictions of each class count:"]
         lines += table(
             ["", "truths", *FATES],
             [
@@ -620,8 +620,8 @@ def profile_errors(
         at least background_tiou  localization                            confusion
         less, or there is none    background                              background
 
-    The other way round, what becomes of a truth that no prediction takes is decided by the prediction that has the highest
-    tIoU with it: "shared" (of its class, but it took another truth), wrong label, localization, confusion, or missed.
+    The other way round, what becomes of a truth that none of the G best predictions of a class with G truths takes is decided
+    by the one of these, of all classes, that has the highest tIoU with it: "shared" (of its class, but it took another truth), wrong label, localization, confusion, or missed.
 
     For the gains in average mAP, kinds are decided at each of the `impact_thresholds`, and all predictions are evaluated
     again without those of one kind, or with them put right: of those nearest to a truth that is not found, the best gets
@@ -674,11 +674,12 @@ def profile_errors(
     counts = np.zeros((top_k, num_classes, len(KINDS)), np.int64)
     np.add.at(counts, (multiple[is_kept], label[is_kept], kinds[0][is_kept]), 1)
 
+    first = multiple == 0
     is_found = np.zeros(len(truth_label), bool)
-    is_found[taken[0, is_kept & (taken[0] >= 0)]] = True
-    kept = (found.segments[is_kept], video[is_kept], label[is_kept])
-    nearest, nearest_tiou = _nearest((found.truth_segments, truth_video, truth_label), kept)
-    is_own = kept[2][nearest] == truth_label if len(kept[2]) else np.zeros(len(truth_label), bool)
+    is_found[taken[0, first & (taken[0] >= 0)]] = True
+    best = (found.segments[first], video[first], label[first])
+    nearest, nearest_tiou = _nearest((found.truth_segments, truth_video, truth_label), best)
+    is_own = best[2][nearest] == truth_label if len(best[2]) else np.zeros(len(truth_label), bool)
     fate = _kind(is_found, nearest_tiou, is_own, threshold[0], background_tiou)
     length_range = np.searchsorted(edges[1:-1], np.diff(found.truth_segments)[:, 0], side="right")
     fates = np.zeros((num_classes, len(edges) - 1, len(FATES)), np.int64)
@@ -698,7 +699,6 @@ def profile_errors(
     flat = np.full(found.num_predictions, -1)
     flat[found.row[is_kept]] = kinds[0][is_kept]
     ends = np.cumsum([len(entry["labels"]) for entry in predictions.values()], dtype=np.int64)
-    first = multiple == 0
     wrong = np.bincount(video[first & (taken[0] < 0)], minlength=num_videos + 1)
     right = np.bincount(video[first & (taken[0] >= 0)], minlength=num_videos + 1)
     truths = np.bincount(truth_video, minlength=num_videos + 1)

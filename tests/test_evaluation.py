@@ -616,6 +616,7 @@ def slow_profile(predictions, ground_truth, tiou, background, top_k, inner_edges
         multiple = ranks[video, row] // size[label]
         if multiple < top_k:
             counts[multiple, classes.index(label), kind] += 1
+        if multiple == 0:
             kept.append((video, row))
     for (video, label), segments in truths.items():
         for index, (start, end) in enumerate(segments):
@@ -723,7 +724,7 @@ def test_profile_counts_the_true_positives_of_the_evaluation():
     curves = precision_recall(predictions, ground_truth, 0.4)
     expected = [curve.recall[-1] * curve.num_truths for curve in curves.values()]
     np.testing.assert_allclose(profile.counts[..., 0].sum(axis=0), expected, **EXACT)
-    np.testing.assert_allclose(profile.fates[..., 0].sum(axis=1), expected, **EXACT)
+    np.testing.assert_array_equal(profile.fates[..., 0].sum(axis=1), profile.counts[0, :, 0])
     metrics = evaluate_detections(predictions, ground_truth)
     assert profile.average_map == pytest.approx(metrics.average_map, abs=1e-12)
     assert profile.counts.sum() == metrics.num_predictions - metrics.num_unknown_classes
@@ -732,32 +733,34 @@ def test_profile_counts_the_true_positives_of_the_evaluation():
 
 
 def one_of_each():
-    """One video, one error of each kind, in the order of KINDS; truths 4 and 5 are found by nobody."""
+    """A video with one error of each kind, in the order of KINDS, and one where four truths are found by nobody."""
     truth = {"segments": [[0, 10], [20, 30], [40, 50], [60, 70], [80, 90]], "labels": [0, 1, 0, 1, 1]}
+    others = {"segments": [[0, 1], [2, 3], [4, 5], [6, 7]], "labels": [0, 0, 0, 0]}
     found = {
         "segments": [[0, 10], [0, 9], [20, 30], [40, 44], [60, 64], [100, 110]],
         "labels": [0, 0, 0, 0, 0, 0],
         "scores": [0.9, 0.8, 0.7, 0.6, 0.5, 0.4],
     }
-    return {"a": found}, {"a": truth}
+    return {"a": found}, {"a": truth, "b": others}
 
 
 def test_one_error_of_each_kind():
     profile = profile_errors(*one_of_each(), lengths=[5, 20], impact_thresholds=0.5)
     assert profile.kinds["a"].tolist() == [0, 1, 2, 3, 4, 5]
     assert profile.counts[:, 0].sum(axis=0).tolist() == [1] * 6
-    assert profile.counts[0, 0].tolist() == [1, 1, 0, 0, 0, 0]  # class 0 has two truths: its two best predictions
-    assert profile.video_errors == {"a": (1, 4)}
-    assert profile.fates.sum(axis=(0, 1)).tolist() == [1, 0, 1, 1, 1, 1]
-    assert profile.fates.sum(axis=(0, 2)).tolist() == [0, 5, 0]
-    assert profile.confusion.tolist() == [[1, 0, 1], [1, 0, 2]]
-    # Class 0 has AP 1/2, class 1 has 0. Right labels find the first of class 1's three truths, which is AP 1/3.
-    assert profile.average_map == pytest.approx(0.25)
+    assert profile.counts[0, 0].tolist() == [1] * 6  # class 0 has six truths, so its six best predictions are all
+    assert profile.video_errors == {"a": (5, 4), "b": (0, 4)}
+    assert profile.fates.sum(axis=1).tolist() == [[1, 0, 0, 1, 0, 4], [0, 0, 1, 0, 1, 1]]
+    assert profile.fates.sum(axis=(0, 2)).tolist() == [4, 5, 0]
+    assert profile.confusion.tolist() == [[1, 0, 5], [1, 0, 2]]
+    # Class 0 has AP 1/6, class 1 has 0. Right labels find the first of class 1's three truths, which is AP 1/3.
+    assert profile.average_map == pytest.approx(1 / 12)
     assert profile.gain_if_right[1] == pytest.approx(1 / 6)
-    # The right ends make the fourth of class 0's predictions correct: half of AP's steps, at precision 2/4.
-    assert profile.gain_if_right[2] == pytest.approx(0.5 * 0.5 / 2)
+    # The right ends make the fourth of class 0's predictions correct: a sixth of AP, at precision 2/4.
+    assert profile.gain_if_right[2] == pytest.approx(1 / 6 * 2 / 4 / 2)
     assert profile.gain_if_right[3] == pytest.approx(1 / 6)
-    assert profile.gain_if_right[5] == pytest.approx(0.0)  # one truth less for a class that finds none
+    # Two truths of class 0 are left, and AP is 1/2; class 1 has one truth less, but still finds none.
+    assert profile.gain_if_right[5] == pytest.approx((1 / 2 - 1 / 6) / 2)
 
 
 def test_the_nearest_truth_decides_and_of_equal_ones_that_of_the_class():
@@ -809,8 +812,8 @@ def test_profile_prints_a_table_and_is_json_ready():
     assert "tIoU 0.3 to 0.5" in text
     assert not any(line != line.rstrip() or len(line) > 119 for line in text.splitlines())
     values = json.loads(json.dumps(profile.to_dict(), allow_nan=False))
-    assert values["predictions"]["wrong label"] == [0, 1, *[0] * 8]
-    assert values["truths"]["missed"] == [0, 1, 0]
+    assert values["predictions"]["wrong label"] == [1, *[0] * 9]
+    assert values["truths"]["missed"] == [4, 1, 0]
     assert values["lengths"] == ["0 to 5 s", "5 to 20 s", "from 20 s"]
 
 
