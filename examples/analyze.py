@@ -18,6 +18,7 @@ import base64
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ from modeling_convtransformer.visualization import (
     plot_precision_recall,
     plot_scores,
     plot_timeline,
+    save_figure,
 )
 
 # A table of more classes than this is too wide for any screen.
@@ -353,19 +355,31 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def picture(figure, text: str, caption: str = "") -> str:
-    """A figure inside the page: an SVG with letters as outlines, which needs no font."""
-    import matplotlib as mpl
+class Pictures:
+    """Puts figures into the page and, if wanted, beside it.
 
-    file = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "report", "svg.fonttype": "path"}):  # the same input gives the same file
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    words = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return (
-        f'<figure><div class="wide" tabindex="0"><img alt="{escape(text)}" '
-        f'src="data:image/svg+xml;base64,{data}"></div>{words}</figure>'
-    )
+    Args:
+        folder: where each picture is written as a .png file too, or None.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+
+    def __call__(self, figure, name: str, text: str, caption: str = "") -> str:
+        """A figure inside the page: an SVG with letters as outlines, which needs no font."""
+        import matplotlib as mpl
+
+        if self.folder is not None:
+            save_figure(figure, self.folder / (re.sub(r"[^-.\w]", "_", name) + ".png"), dpi=110)
+        file = io.BytesIO()
+        with mpl.rc_context({"svg.hashsalt": "report", "svg.fonttype": "path"}):  # the same input gives the same file
+            figure.savefig(file, format="svg", metadata={"Date": None})
+        data = base64.b64encode(file.getvalue()).decode("ascii")
+        words = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+        return (
+            f'<figure><div class="wide" tabindex="0"><img alt="{escape(text)}" '
+            f'src="data:image/svg+xml;base64,{data}"></div>{words}</figure>'
+        )
 
 
 def table(header: list[str], rows: list[list[str]], kind: str = "") -> str:
@@ -458,7 +472,13 @@ def confusion_table(profile: ErrorProfile, id2label: Mapping[int, str]) -> str:
 
 
 def recordings(
-    detections: Detections, profile: ErrorProfile, worst: int, best: int, min_score: float, with_scores: bool
+    detections: Detections,
+    profile: ErrorProfile,
+    picture: Pictures,
+    worst: int,
+    best: int,
+    min_score: float,
+    with_scores: bool,
 ) -> str:
     """Timelines of the recordings with the most and the fewest errors."""
     errors = profile.video_errors
@@ -475,12 +495,17 @@ def recordings(
             f"{len(truth['labels'])} segments, {missed} not found; {wrong} false positives.</p>"
         )
         figure = plot_timeline(found, detections.id2label, truth, detections.durations.get(name), min_score=min_score)
-        parts.append(picture(figure, f"Timeline of {name}: truth and predictions by class"))
+        parts.append(picture(figure, f"timeline_{name}", f"Timeline of {name}: truth and predictions by class"))
         if with_scores:
             outputs, geometry, strides = detections.run(name)
             figure = plot_scores(outputs, geometry, strides, detections.id2label, truth)
             parts.append(
-                picture(figure, f"Scores of {name} over time, by level", "Scores before suppression, by level.")
+                picture(
+                    figure,
+                    f"scores_{name}",
+                    f"Scores of {name} over time, by level",
+                    "Scores before suppression, by level.",
+                )
             )
     return "\n".join(parts)
 
@@ -494,6 +519,7 @@ def make_page(detections: Detections, options: argparse.Namespace) -> str:
     curves = precision_recall(predictions, truth, tiou)
     threshold = best_threshold(curves)
     min_score = options.min_score if options.min_score is not None else threshold[0] / 2 if threshold else 0.0
+    picture = Pictures(options.pictures)
     title = options.title or "What the detector finds, and where it errs"
     words = "".join(f"<li>{escape(line)}</li>" for line in in_words(profile, id2label))
     parts = [
@@ -505,6 +531,7 @@ def make_page(detections: Detections, options: argparse.Namespace) -> str:
         f"<ul>{words}</ul>",
         picture(
             plot_error_profile(profile),
+            "errors",
             "Error profile: kinds of predictions, gains in mAP, truths by length",
             f"Left: what each class's best predictions are at tIoU {tiou:g}, G at a time, G being its number of segments. "
             "Middle: what average mAP would gain; gains do not add up. Right: what becomes of segments of different lengths, if "
@@ -515,7 +542,7 @@ def make_page(detections: Detections, options: argparse.Namespace) -> str:
         f'<p class="note">The lowest average precision first, in percent. The last columns count what becomes of the '
         f"segments of the class at tIoU {tiou:g}, if each class keeps as many predictions as it has segments.</p>",
         f"<h2>Precision and recall at tIoU {tiou:g}</h2>",
-        picture(plot_precision_recall(curves, id2label), "Precision over recall for each class"),
+        picture(plot_precision_recall(curves, id2label), "precision_recall", "Precision over recall for each class"),
         "<h2>Confusion between classes</h2>",
         f'<p class="note">For each true segment, the class of the best-scored prediction that meets it at tIoU {tiou:g}.</p>',
         confusion_table(profile, id2label),
@@ -526,6 +553,7 @@ def make_page(detections: Detections, options: argparse.Namespace) -> str:
         recordings(
             detections,
             profile,
+            picture,
             options.recordings,
             options.best,
             min_score,
@@ -587,6 +615,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     )
     page.add_argument("--best", type=count, default=1, help="and of those with the fewest (default: 1)")
     page.add_argument("--min_score", type=share, help="least score in timelines (default: half of where F1 is best)")
+    page.add_argument("--pictures", type=Path, help="folder to write the page's pictures to, as .png files")
     page.add_argument("--title", help="of the page")
     options = parser.parse_args()
 

@@ -166,7 +166,16 @@ def test_page_needs_nothing_and_hides_nothing(analyze):
     write_json("found.json", found)
     write_json("truth.json", truth)
     text = analyze(
-        "--predictions", "found.json", "--annotations", "truth.json", "--recordings", 9, "--title", "<i>A & B"
+        "--predictions",
+        "found.json",
+        "--annotations",
+        "truth.json",
+        "--recordings",
+        2,
+        "--title",
+        "<i>A & B",
+        "--pictures",
+        "pictures",
     )
     page = Page(text)
     assert text.startswith("<!DOCTYPE html>")
@@ -188,9 +197,13 @@ def test_page_needs_nothing_and_hides_nothing(analyze):
         ]
         assert outside == []
         assert b"font-family" not in picture  # letters are outlines
+    # The same pictures beside the page, under names that any file system takes.
+    names = [path.name for path in Path("pictures").iterdir()]
+    assert len(names) == len(page.pictures)
+    assert all(re.fullmatch(r"(errors|precision_recall|timeline_[-.\w]+)\.png", name) for name in names)
     images = re.findall(r"<img alt=\"([^\"]*)\"", text)
     assert all(images)
-    assert len(images) == 2 + len(VIDEOS)
+    assert len(images) == 2 + 3
 
 
 def test_all_formats_give_the_same_page(analyze):
@@ -222,24 +235,32 @@ def test_all_formats_give_the_same_page(analyze):
     assert pages[2] == pages[3]
 
 
-def test_nothing_found_and_many_classes(analyze):
+def test_nothing_is_found(analyze):
+    found, truth = detections()
+    write_json("truth.json", truth)
+    write_json("found.json", {name: [] for name in found})
+    text = analyze("--predictions", "found.json", "--annotations", "truth.json", "--recordings", 1, "--best", 0)
+    assert "segments that no detection comes near (missed): +100.0 points" in text
+    assert "No class is taken for another." in text
+
+
+def test_confusion_of_many_classes_is_a_list(script):
     labels = [f"class {index}" for index in range(30)]
     found, truth = detections(labels)
     for row, label in zip((row for own in truth.values() for row in own), labels, strict=True):
         row["label"] = label
-    write_json("truth.json", truth)
-    write_json("found.json", {name: [] for name in found})
-    text = analyze("--predictions", "found.json", "--annotations", "truth.json", "--recordings", 1)
-    assert "segments that no detection comes near (missed): +100.0 points" in text
-    assert "No class is taken for another." in text
     for own in found.values():
         for row in own:
             row["label"] = "class 0"
-    write_json("found.json", found)
-    text = analyze("--predictions", "found.json", "--annotations", "truth.json", "--recordings", 1)
-    page = Page(text)
-    assert page.tables[-1][0] == ["class", "taken for", "times"]  # a matrix would be too wide
-    assert all(row[1] == "class 0" for row in page.tables[-1][1:])
+    profile = profile_errors(as_arrays(found, labels), as_arrays(truth, labels))
+    (table,) = Page(script.confusion_table(profile, dict(enumerate(labels)))).tables
+    assert table[0] == ["class", "taken for", "times"]  # a matrix would be too wide
+    rows = [
+        [label, "class 0", "1 of 1"]
+        for label, count in zip(labels[1:], profile.confusion[1:, 0], strict=True)
+        if count
+    ]
+    assert table[1:] == rows[: script.WIDEST_TABLE]
 
 
 def test_best_threshold_equals_trying_all(script):
