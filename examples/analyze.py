@@ -6,8 +6,8 @@
         --signals signals.npz
     python examples/analyze.py report.html --model outputs/watch/model --watch 8 9 10
 
-Either there are predictions, or a model finds them (--save keeps them). Files are JSON: annotations and results in
-ActivityNet's format, {recording: [{"label", "start", "end", "score"}, ...]} as the pipeline gives them, or
+Either there are predictions, or a model finds them (--save keeps them). Files are annotations and results in ActivityNet's
+format, CSV, or JSON: {recording: [{"label", "start", "end", "score"}, ...]} as the pipeline gives rows (docs/segments.md), or
 {recording: {"segments", "labels", "scores"}} as modeling_convtransformer.evaluation takes them.
 
 docs/looking.md says how to read the page.
@@ -38,6 +38,7 @@ from modeling_convtransformer.data import (
     TemporalActionDataset,
     WatchDataset,
     label_names,
+    load_annotations,
 )
 from modeling_convtransformer.evaluation import (
     FATES,
@@ -49,6 +50,7 @@ from modeling_convtransformer.evaluation import (
     precision_recall,
     profile_errors,
 )
+from modeling_convtransformer.segments import read_segments, to_arrays, to_rows, write_segments
 from modeling_convtransformer.visualization import (
     class_colour,
     plot_error_profile,
@@ -82,71 +84,46 @@ class Detections:
 # --- Files ----------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Usage(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise Usage(f"{path} holds a {type(content).__name__}; expected an object with one entry for each recording")
-    return content
-
-
-def read_rows(content: Mapping, path: Path, with_scores: bool) -> dict[str, list[dict]]:
-    """{recording: [{"label", "start", "end", "score"}, ...]} of the formats named above."""
-    recordings = {}
-    for name, entry in content.items():
-        if isinstance(entry, dict) and {"segments", "labels"} <= {*entry}:
-            columns = [entry["segments"], entry["labels"], entry.get("scores", [] if with_scores else entry["labels"])]
-            if len({len(column) for column in columns}) > 1:
-                raise Usage(f"{path}, {name}: segments, labels and scores must be of the same number")
-            entry = [{"segment": a, "label": b, "score": c} for a, b, c in zip(*columns, strict=True)]
-        if not isinstance(entry, list):
-            raise Usage(f"{path}, {name}: expected a list of segments, but found a {type(entry).__name__}")
-        recordings[name] = [
-            read_row(row, f"{path}, {name}, segment {index}", with_scores) for index, row in enumerate(entry)
-        ]
-    return recordings
-
-
-def read_row(row: Any, where: str, with_scores: bool) -> dict[str, Any]:
-    try:
-        start, end = row["segment"] if "segment" in row else (row["start"], row["end"])
-        values = {"label": str(row["label"]), "start": float(start), "end": float(end)}
-        return {**values, "score": float(row["score"])} if with_scores else values
-    except (KeyError, TypeError, ValueError) as error:
-        wanted = '"label", "segment": [start, end]' + (', "score"' if with_scores else "")
-        raise Usage(f"{where}: expected {{{wanted}}} or start and end, but found {str(row)[:80]}") from error
-
-
-def to_arrays(rows: list[dict], label2id: Mapping[str, int]) -> dict[str, np.ndarray]:
-    return {
-        "segments": np.array([(row["start"], row["end"]) for row in rows], np.float64).reshape(-1, 2),
-        "labels": np.array([label2id[row["label"]] for row in rows], np.int64),
-        "scores": np.array([row.get("score", 1.0) for row in rows], np.float64),
-    }
+def read_recordings(path: Path) -> dict[str, list[dict]]:
+    """{recording: rows} of a file that segments.py reads, or of arrays as evaluation.py takes them."""
+    if path.suffix == ".json":
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise Usage(f"{path} cannot be read as JSON: {error}") from error
+        entries = list(content.values()) if isinstance(content, dict) else []
+        if entries and all(isinstance(entry, dict) and "labels" in entry for entry in entries):
+            ids = {label for entry in entries for label in entry["labels"]}
+            try:
+                return to_rows(content, {label: str(label) for label in ids})
+            except ValueError as error:
+                raise Usage(f"{path}: {error}") from error
+    rows = read_segments(path)
+    if not isinstance(rows, dict):
+        raise Usage(f"{path} holds segments without the name of their recording; expected {{name: segments}}")
+    return rows
 
 
 def read_detections(predictions: Path, annotations: Path, subset: list[str] | None) -> Detections:
-    found, truth = read_json(predictions), read_json(annotations)
+    found, truth = read_recordings(predictions), read_recordings(annotations)
+    if without := [name for name, rows in found.items() for row in rows if "score" not in row]:
+        raise Usage(f"{predictions}: predictions need a score, but some of {without[0]} have none")
     names, durations = None, {}
-    if "database" in truth:
-        names = label_names(truth)
-        truth = truth["database"]
+    if annotations.suffix == ".json" and "database" in json.loads(annotations.read_text(encoding="utf-8")):
+        content = load_annotations(annotations)
+        names = label_names(content)
+        database = content["database"]
         if subset is not None:
             wanted = {name.lower() for name in subset}
-            known = sorted({str(entry.get("subset")) for entry in truth.values()})
-            truth = {name: entry for name, entry in truth.items() if str(entry.get("subset")).lower() in wanted}
+            known = sorted({str(entry.get("subset")) for entry in database.values()})
+            truth = {name: own for name, own in truth.items() if str(database[name].get("subset")).lower() in wanted}
             if not truth:
                 raise Usage(
                     f"{annotations} has no recording of --subset {' '.join(subset)}; it has {', '.join(known)}"
                 )
-        durations = {name: entry.get("duration") for name, entry in truth.items()}
-        truth = {name: entry.get("annotations") or [] for name, entry in truth.items()}  # a testing subset has none
+        durations = {name: database[name].get("duration") for name in truth}
     elif subset is not None:
         raise Usage(f"--subset needs annotations of ActivityNet's format; {annotations} names no subsets")
-    found = read_rows(found.get("results", found), predictions, with_scores=True)
-    truth = read_rows(truth, annotations, with_scores=False)
     in_truth, in_found = ({row["label"] for rows in one.values() for row in rows} for one in (truth, found))
     names = names or sorted(in_truth, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
     names += sorted(in_found - {*names})
@@ -154,9 +131,10 @@ def read_detections(predictions: Path, annotations: Path, subset: list[str] | No
     num_others = len({*found} - {*truth})
     if num_others == len(found):
         raise Usage(f"{predictions} and {annotations} have no recording in common: is --subset right?")
+    own = to_arrays({name: rows for name, rows in found.items() if name in truth}, label2id)
     return Detections(
-        {name: to_arrays(rows, label2id) for name, rows in found.items() if name in truth},
-        {name: to_arrays(rows, label2id) for name, rows in truth.items()},
+        {name: {"scores": np.empty(0), **arrays} for name, arrays in own.items()},  # without rows there is no key
+        to_arrays(truth, label2id),
         dict(enumerate(names)),
         durations,
         f"{predictions.name} and {annotations.name}"
@@ -235,20 +213,6 @@ def run_model(options: argparse.Namespace) -> Detections:
         + (f", {', '.join(options.subset)}" if options.subset else ""),
         lambda name: (*run(row[name]), model.config.detector_strides),
     )
-
-
-def save_predictions(detections: Detections, path: Path):
-    """In ActivityNet's format."""
-    results = {
-        name: [
-            {"label": detections.id2label[label], "score": score, "segment": segment}
-            for segment, label, score in zip(
-                *(found[key].tolist() for key in ("segments", "labels", "scores")), strict=True
-            )
-        ]
-        for name, found in detections.predictions.items()
-    }
-    write(path, json.dumps({"version": "VERSION 1.3", "results": results, "external_data": {}}) + "\n")
 
 
 def write(path: Path, text: str):
@@ -590,8 +554,8 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="page to write: .html")
     given = parser.add_argument_group("what there is to look at")
-    given.add_argument("--predictions", type=Path, help="JSON file of predicted segments")
-    given.add_argument("--annotations", type=Path, help="JSON file of true segments")
+    given.add_argument("--predictions", type=Path, help="file of predicted segments")
+    given.add_argument("--annotations", type=Path, help="file of true segments")
     given.add_argument("--subset", nargs="+", help="of the annotations, such as validation (default: all)")
     model = parser.add_argument_group("a model, instead of predictions")
     model.add_argument("--model", type=Path, help="folder written by save_pretrained")
@@ -646,7 +610,7 @@ def main():
         if options.model is not None:
             detections = run_model(options)
             if options.save is not None:
-                save_predictions(detections, options.save)
+                write_segments(options.save, to_rows(detections.predictions, detections.id2label), "activitynet")
         else:
             detections = read_detections(options.predictions, options.annotations, options.subset)
         page = make_page(detections, options)

@@ -59,7 +59,7 @@ def detections(labels=LABELS, seed=0):
     for name in VIDEOS:
         truth[name], found[name] = [], []
         for place in range(6):
-            start, length, label = 20.0 * place + rng.uniform(0, 5), rng.uniform(2, 12), int(rng.integers(len(labels)))
+            start, length, label = 20.0 * place + rng.uniform(6, 9), rng.uniform(2, 12), int(rng.integers(len(labels)))
             truth[name].append({"label": labels[label], "segment": [start, start + length]})
             for score in rng.uniform(0, 1, 2):
                 other = 0 if label == len(labels) - 1 and rng.random() < 0.6 else label
@@ -373,13 +373,23 @@ ROW = {"label": "a", "segment": [0, 1], "score": 0.5}
         ({"v": [ROW]}, {"database": {"v": {"subset": "a", "annotations": []}}}, [*BOTH, "--subset", "b"], "it has a"),
         ({"v": [ROW]}, {"database": {"v": {"subset": "a"}}}, BOTH, "There is nothing to detect"),
         ({"v": [ROW]}, {"w": [ROW]}, BOTH, "have no recording in common"),
-        ({"v": [{**ROW, "segment": [0]}]}, {"v": [ROW]}, BOTH, "found.json, v, segment 0: expected"),
-        ({"v": [{**ROW, "segment": [3, 1]}]}, {"v": [ROW]}, BOTH, "predictions['v'], index 0"),
-        ({"v": [{"label": "a", "start": 0, "end": 1}]}, {"v": [ROW]}, BOTH, "segment 0: expected"),
+        (
+            {"v": [{**ROW, "segment": [0]}]},
+            {"v": [ROW]},
+            BOTH,
+            "found.json: recording 'v', segment 0: found [0], expected",
+        ),
+        ({"v": [{**ROW, "segment": [3, 1]}]}, {"v": [ROW]}, BOTH, "found.json: recording 'v', segment 0: "),
+        ({"v": [{"label": "a", "start": 0, "end": 1}]}, {"v": [ROW]}, BOTH, "predictions need a score"),
         ({"v": [{**ROW, "score": 7}]}, {"v": [ROW]}, BOTH, "scores must lie in [0, 1]"),
-        ({"v": {"segments": [[0, 1]], "labels": [0, 1], "scores": [1]}}, {"v": [ROW]}, BOTH, "of the same number"),
-        ({"v": "a"}, {"v": [ROW]}, BOTH, "expected a list of segments, but found a str"),
-        ([ROW], {"v": [ROW]}, BOTH, "found.json holds a list"),
+        (
+            {"v": {"segments": [[0, 1]], "labels": [0, 1], "scores": [1]}},
+            {"v": [ROW]},
+            BOTH,
+            "expected segments (N, 2)",
+        ),
+        ({"v": "a"}, {"v": [ROW]}, BOTH, "found 'a', expected a list of segments"),
+        ([ROW], {"v": [ROW]}, BOTH, "segments without the name of their recording"),
     ],
 )
 def test_mistakes_end_with_one_line(analyze, capsys, found, truth, options, message):
