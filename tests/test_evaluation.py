@@ -687,7 +687,7 @@ def slow_gains(predictions, ground_truth, tiou, background):
     st.integers(1, 4),
     st.sampled_from([[], [2.0], [1.0, 3.0, 4.5]]),
 )
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @pytest.mark.filterwarnings(UNKNOWN_VIDEO)
 def test_profile_equals_brute_force(predictions, ground_truth, tious, top_k, edges):
     tiou, background = tious
@@ -730,6 +730,15 @@ def test_profile_counts_the_true_positives_of_the_evaluation():
     assert profile.counts.sum() == metrics.num_predictions - metrics.num_unknown_classes
     assert profile.fates.sum() == profile.confusion.sum() == metrics.num_ground_truth
     assert (profile.fates.sum(axis=(0, 2)) > 0).all()  # ranges of length by quantiles are never empty
+
+
+def test_kinds_and_gains_equal_those_of_detad():
+    golden = json.loads((Path(__file__).parent / "fixtures" / "detad.json").read_text())
+    profile = profile_errors(golden["predictions"], golden["ground_truth"], top_k=1000, impact_thresholds=0.5)
+    assert np.concatenate(list(profile.kinds.values())).tolist() == golden["kinds"]
+    assert set(golden["kinds"]) == set(range(6))
+    np.testing.assert_allclose(profile.average_map, golden["map"], **EXACT)
+    np.testing.assert_allclose(profile.gain_if_removed, golden["gain_if_removed"], **EXACT)
 
 
 def one_of_each():
