@@ -625,7 +625,7 @@ def profile_errors(
 
     For the gains in average mAP, kinds are decided at each of the `impact_thresholds`, and all predictions are evaluated
     again without those of one kind, or with them put right: of those nearest to a truth that is not found, the best gets
-    that truth's class and, for localization and confusion, its segment; the others are removed. Truths that are not found
+    that truth's class and segment; the others are removed. Truths that are not found
     and that no such error is nearest to are missed; for their gain they are not asked for. (All this as in Bolya et al.,
     "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020, https://arxiv.org/abs/2008.08115.) No
     gain is below 0, and gains of several kinds do not add up.
@@ -812,8 +812,7 @@ def _gains(found: _Sorted, taken: np.ndarray, kind: np.ndarray, near: np.ndarray
         wrong = wrong[np.unique(near[wrong], return_index=True)[1]]  # the best for each truth
         cell, segments = found.cell.copy(), found.segments.copy()
         cell[wrong] = found.truth_cell[near[wrong]]
-        if name != "wrong label":
-            segments[wrong] = found.truth_segments[near[wrong]]
+        segments[wrong] = found.truth_segments[near[wrong]]
         without[wrong] = True
         mended = _take(found._replace(cell=cell, segments=segments), np.flatnonzero(without))
         right.append(_mean_ap(mended, threshold))

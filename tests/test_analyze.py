@@ -180,6 +180,7 @@ def test_page_needs_nothing_and_hides_nothing(analyze):
     page = Page(text)
     assert text.startswith("<!DOCTYPE html>")
     assert "<title>&lt;i&gt;A &amp; B</title>" in text
+    assert "<h1>&lt;i&gt;A &amp; B</h1>" in text
     assert 'name="viewport" content="width=device-width, initial-scale=1"' in text
     assert not {"script", "link", "iframe", "object", "form"} & {*page.tags}
     assert "<script" not in text
@@ -286,6 +287,11 @@ def test_best_threshold_equals_trying_all(script):
         best = max(best, (2 * hits / (count + 30), -threshold, hits / count, hits / 30))
     score, f1, precision, recall = script.best_threshold(curves)
     assert (f1, -score, precision, recall) == pytest.approx(best)
+    tie = {
+        "a": {"segments": [[0, 1], [5, 6]], "labels": [0, 0], "scores": [0.5, 0.5]}
+    }  # no score keeps the first only
+    one = {"a": {"segments": [[0, 1]], "labels": [0]}}
+    assert script.best_threshold(precision_recall(tie, one)) == pytest.approx((0.5, 2 / 3, 0.5, 1.0))
     nothing = precision_recall({}, truth)
     assert script.best_threshold(nothing) is None
 
