@@ -625,10 +625,10 @@ def profile_errors(
 
     For the gains in average mAP, kinds are decided at each of the `impact_thresholds`, and all predictions are evaluated
     again without those of one kind, or with them put right: of those nearest to a truth that is not found, the best gets
-    that truth's class and segment; the others are removed. Truths that are not found
-    and that no such error is nearest to are missed; for their gain they are not asked for. (All this as in Bolya et al.,
-    "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020, https://arxiv.org/abs/2008.08115.) No
-    gain is below 0, and gains of several kinds do not add up.
+    that truth's class and segment; the others are removed. Truths that are not found and that no such error is nearest to
+    are missed; for their gain they are not asked for. (All this as in Bolya et al., "TIDE: A General Toolbox for Identifying
+    Object Detection Errors", ECCV 2020, https://arxiv.org/abs/2008.08115.) No gain is below 0, and gains of several kinds
+    do not add up.
 
     Args:
         predictions, ground_truth, deduplicate: as `evaluate_detections` takes them. Predictions of classes that the ground
