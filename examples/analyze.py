@@ -257,7 +257,7 @@ def in_words(profile: ErrorProfile, id2label: Mapping[int, str]) -> list[str]:
         )
     for truth, other, count, total in confusions(profile)[:1]:
         lines.append(
-            f"The most frequent confusion: {id2label[truth]} is taken for {id2label[other]} in {count} of {total} cases."
+            f'The most frequent confusion: "{id2label[truth]}" is taken for "{id2label[other]}" in {count} of {total} cases.'
         )
     return lines
 
@@ -310,6 +310,7 @@ thead th { border-bottom: 2px solid #999; vertical-align: bottom; }
   max-height: 12rem; padding: .6rem .2rem; }
 .confusion td { text-align: center; border: 1px solid #eee; }
 .confusion td:first-child { text-align: left; }
+.pairs th, .pairs td { text-align: left; white-space: normal; }
 @media print { h2 { break-after: avoid; } figure, tr { break-inside: avoid; } .wide { overflow: visible; }
   .wide img { min-width: 0; } }
 """
@@ -417,7 +418,7 @@ def confusion_table(profile: ErrorProfile, id2label: Mapping[int, str]) -> str:
             [class_cell(truth, id2label), class_cell(other, id2label), f"{count} of {total}"]
             for truth, other, count, total in listed[:WIDEST_TABLE]
         ]
-        return table(["class", "taken for", "times"], rows)
+        return table(["class", "taken for", "times"], rows, "pairs")
     names = [escape(id2label[int(label)]) for label in profile.classes]
     head = "".join(f'<th scope="col" class="up">{name}</th>' for name in [*names, "<i>not found</i>"])
     body = ""
