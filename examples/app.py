@@ -22,17 +22,16 @@ import gradio as gr
 from transformers import logging, pipeline
 
 import modeling_convtransformer  # noqa: F401 - registers the pipeline
-from modeling_convtransformer.feature_extraction_convtransformer import _read
 from modeling_convtransformer.features import load_encoder
+from modeling_convtransformer.recordings import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from modeling_convtransformer.segments import format_segments
 
 ARRAYS = (".npy", ".npz", ".safetensors")
 TABLES = (".csv", ".tsv", ".parquet")
-VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ogv")
-SOUNDS = (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")
+KNOWN = (*VIDEO_SUFFIXES, *AUDIO_SUFFIXES, *TABLES, *ARRAYS)
 KINDS = (
-    f"a video ({', '.join(VIDEOS)}), sound ({', '.join(SOUNDS)}), features ({', '.join(ARRAYS)}) or sensor values "
-    f"({', '.join((*TABLES, *ARRAYS))})"
+    f"a video ({', '.join(VIDEO_SUFFIXES)}), sound ({', '.join(AUDIO_SUFFIXES)}), features ({', '.join(ARRAYS)}) or sensor "
+    f"values ({', '.join((*TABLES, *ARRAYS))})"
 )
 NMS_METHODS = {"Gaussian soft-NMS": "soft", "Linear soft-NMS": "linear", "Hard NMS": "hard", "None": "none"}
 # Name on the button, format of modeling_convtransformer.segments, what follows the recording's name in the file's.
@@ -97,7 +96,7 @@ def as_recording(path: Path, feature_extractor, encoder=None) -> str | dict:
         ValueError: a kind of file, or a width, that the model does not take.
     """
     suffix = path.suffix.lower()
-    if suffix in (*VIDEOS, *SOUNDS):
+    if suffix in (*VIDEO_SUFFIXES, *AUDIO_SUFFIXES):
         if encoder is None and feature_extractor.encoder is None:
             raise ValueError(
                 f"{path.name} is a video or sound, and this model does not say which encoder makes its features. Start "
@@ -110,24 +109,7 @@ def as_recording(path: Path, feature_extractor, encoder=None) -> str | dict:
     if suffix not in ARRAYS:
         kind = f"a {suffix} file" if suffix else "a file without a suffix"
         raise ValueError(f"{path.name} is {kind}. Expected {KINDS}. Convert it, or drop another file.")
-    shape = _read(path, "features", path.name).shape
-    width, channels = feature_extractor.feature_size, _count_channels(feature_extractor)
-    if shape[1] == width:
-        return {"features": str(path)}
-    if shape[1] == channels:
-        return {"signal": str(path)}
-    expected = f"features of shape (time, {width})"
-    expected += f" or sensor values of shape (samples, {channels})" if channels else ""
-    advice = "Choose the model that was trained on such files, or another file."
-    if shape[0] in (width, channels):
-        advice = "The axes seem to be exchanged: save the array transposed."
-    raise ValueError(f"{path.name} holds an array of shape {shape}. This model expects {expected}. {advice}")
-
-
-def _count_channels(feature_extractor) -> int | None:
-    """Channels of the raw values that the model's features are windows of, where they can be."""
-    channels = feature_extractor.feature_size / feature_extractor.num_frames
-    return int(channels) if channels.is_integer() else None
+    return feature_extractor.as_sample(path)
 
 
 def run_model(localize, sample: dict) -> dict:
@@ -161,7 +143,12 @@ def draw_message(text: str) -> str:
 
 def draw_player(path: Path | None) -> str:
     tag = next(
-        (tag for tag, kinds in (("video", VIDEOS), ("audio", SOUNDS)) if path and path.suffix.lower() in kinds), None
+        (
+            tag
+            for tag, kinds in (("video", VIDEO_SUFFIXES), ("audio", AUDIO_SUFFIXES))
+            if path and path.suffix.lower() in kinds
+        ),
+        None,
     )
     if tag is None:
         return ""
@@ -602,7 +589,7 @@ def build(
 def describe(localize, encoder=None) -> str:
     """What files a model takes, and what it finds."""
     own, labels = localize.feature_extractor, localize.model.config.id2label
-    channels = _count_channels(own)
+    channels = own.num_channels
     made_by = encoder.name if encoder else own.encoder and own.encoder["name"]
     takes = f"video or sound (through {Path(made_by).name}), or " if made_by else ""
     takes += f"features {own.feature_size} wide"
@@ -638,10 +625,9 @@ def main(arguments: Sequence[str] | None = None):
         parser.error(f"there is no folder {options.examples}")
     examples = []
     if options.examples is not None:
-        kinds = (*VIDEOS, *SOUNDS, *TABLES, *ARRAYS)
-        examples = sorted(one for one in options.examples.iterdir() if one.suffix.lower() in kinds)
+        examples = sorted(one for one in options.examples.iterdir() if one.suffix.lower() in KNOWN)
         if not examples:
-            parser.error(f"{options.examples} has no recordings ({', '.join(kinds)})")
+            parser.error(f"{options.examples} has no recordings ({', '.join(KNOWN)})")
 
     logging.disable_progress_bar()  # of loading; those of encoders are shown in the page
     try:

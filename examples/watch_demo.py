@@ -27,6 +27,7 @@ from modeling_convtransformer import (
 )
 from modeling_convtransformer.data import DataCollator, WatchDataset
 from modeling_convtransformer.evaluation import evaluate_detections
+from modeling_convtransformer.segments import to_rows, write_segments
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,13 +122,7 @@ def main():
     video_id = test_set.video_ids[0]
     signal, truth = options.output / f"{video_id}.npy", options.output / f"{video_id}.json"
     np.save(signal, test_set.signal(0))
-    own = test_set.ground_truth()[video_id]
-    rows = zip(own["segments"].tolist(), own["labels"].tolist(), strict=True)
-    truth.write_text(
-        json.dumps([{"segment": segment, "label": config.id2label[label]} for segment, label in rows], indent=2)
-        + "\n",
-        encoding="utf-8",
-    )
+    write_segments(truth, to_rows(test_set.ground_truth()[video_id], config.id2label))
     picture = options.output / f"{video_id}.png"
     localize = [Path(__file__).with_name("localize.py"), folder, signal, "--truth", truth, "--picture", picture]
     subprocess.run([sys.executable, *map(str, localize)], check=True)

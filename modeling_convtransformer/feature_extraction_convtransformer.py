@@ -308,6 +308,32 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
         self._check_length(len(array), geometry, name)
         return array, geometry
 
+    @property
+    def num_channels(self) -> int | None:
+        """Channels of the raw values whose windows are features; None where they cannot be such windows."""
+        channels, rest = divmod(self.feature_size, self.num_frames)
+        return None if rest or not channels else int(channels)
+
+    def as_sample(self, path: str | os.PathLike) -> dict[str, Any]:
+        """
+        The sample in a .npy, .npz or .safetensors file: `{"features": path}`, or `{"signal": path}` where the array is as wide
+        as raw values are.
+
+        Raises:
+            ValueError: it is neither, or not readable.
+        """
+        shape = _read(path, "features", str(path)).shape
+        if shape[1] == self.feature_size:
+            return {"features": path}
+        if shape[1] == self.num_channels:
+            return {"signal": path}
+        expected = f"features of shape (time, {self.feature_size})"
+        expected += f" or a signal of shape (samples, {self.num_channels})" if self.num_channels else ""
+        advice = "Choose the model that was trained on such arrays."
+        if shape[0] in (self.feature_size, self.num_channels):
+            advice = "The axes seem to be exchanged: save it transposed."
+        raise ValueError(f"{path}: an array of shape {shape}; expected {expected}. {advice}")
+
     def geometry_of(self, samples, geometry: dict | Sequence[dict] | None = None) -> list[dict]:
         """
         The whole geometry of each sample, as in `load`, for `post_process_temporal_action_localization`. Reads no files but

@@ -125,7 +125,7 @@ def write_segments(path: str | Path, segments: Segments, format: str | None = No
     Args:
         path: file to write; its folder is made if needed.
         segments, options: see `format_segments`.
-        format: default: by the suffix, where one format has it (.csv, .vtt). Others need the name.
+        format: default: by the suffix (.json: the pipeline's rows); .txt, which several formats have, needs the name.
 
     Returns:
         the path.
@@ -1022,7 +1022,9 @@ def _by_suffix(path: Path, text: str | None) -> str:
     formats = [name for name, entry in FORMATS.items() if entry.suffix == path.suffix.lower()]
     if len(formats) == 1:
         return formats[0]
-    if text is not None and path.suffix.lower() == ".json":
+    if path.suffix.lower() == ".json":
+        if text is None:
+            return "json"
         try:
             return "activitynet" if _is_activitynet(json.loads(text)) else "json"
         except json.JSONDecodeError:

@@ -59,7 +59,7 @@ def test_demo_trains_evaluates_saves_localizes_and_draws(demo):
     truth = json.loads((folder / "person08_left_0.json").read_text())
     assert len(truth) == 7
     signal = np.load(folder / "person08_left_0.npy", allow_pickle=False)
-    assert 0 < truth[0]["segment"][0] < truth[-1]["segment"][1] < len(signal) / 50
+    assert 0 < truth[0]["start"] < truth[-1]["end"] < len(signal) / 50
 
 
 @pytest.mark.slow

@@ -594,7 +594,9 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"cues\.vtt: 'webvtt' holds one recording"):
         write_segments(tmp_path / "cues.vtt", {"a": [], "b": []})
     assert not (tmp_path / "cues.vtt").exists()
-    for name in ("rows.json", "labels.txt", "labels.mp4"):
+    write_segments(tmp_path / "rows.json", ROWS)
+    assert json.loads((tmp_path / "rows.json").read_text(encoding="utf-8")) == ROWS
+    for name in ("labels.txt", "labels.mp4"):
         with pytest.raises(ValueError, match=f"{name}: the suffix .* does not say the format. Give format="):
             write_segments(tmp_path / name, ROWS)
     (tmp_path / "labels.txt").write_text("hello\n", encoding="utf-8")
