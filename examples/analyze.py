@@ -564,7 +564,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     model.add_argument("--signals", type=Path, help=".npz with one array (samples, channels) a recording")
     model.add_argument("--watch", nargs="+", type=int, help="people of the watch data instead, such as 8 9 10")
     model.add_argument("--file_prefix", default="", help="of feature files")
-    model.add_argument("--file_ext", help="of feature files (default: .npy, else .npz)")
+    model.add_argument("--file_ext", help="of feature files (default: .npy, .npz or .safetensors)")
     model.add_argument("--resize_to", type=int, help="interpolate all videos to this length")
     model.add_argument("--downsample_rate", type=int, default=1, help="take each n-th feature")
     model.add_argument("--skip_missing", action="store_true", help="leave out videos without features")

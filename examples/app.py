@@ -25,6 +25,7 @@ import modeling_convtransformer  # noqa: F401 - registers the pipeline
 from modeling_convtransformer.features import load_encoder
 from modeling_convtransformer.recordings import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from modeling_convtransformer.segments import format_segments
+from modeling_convtransformer.visualization import class_colour
 
 ARRAYS = (".npy", ".npz", ".safetensors")
 TABLES = (".csv", ".tsv", ".parquet")
@@ -244,8 +245,8 @@ def _lanes(rows: list[dict]) -> list[int]:
 
 
 def _colour(class_id: int) -> str:
-    """Of a class, whatever else was found: hues a golden angle apart, so that neighbours differ much."""
-    return f"--hue:{(215 + 137.508 * class_id) % 360:.0f}"
+    """Of a class, as in all pictures of this package."""
+    return f"--colour:{class_colour(class_id)}"
 
 
 CSS = """
@@ -277,8 +278,8 @@ CSS = """
   font-size: .9rem; }
 #timeline .track { position: relative; height: var(--height); border-radius: 4px; overflow: hidden;
   background: color-mix(in srgb, var(--body-text-color) 6%, transparent); }
-#timeline .segment { position: absolute; min-width: 5px; padding: 0; border: 1px solid hsl(var(--hue) 62% 46%);
-  border-radius: 4px; background: hsl(var(--hue) 62% 46% / calc(.12 + .88 * var(--score))); }
+#timeline .segment { position: absolute; min-width: 5px; padding: 0; border: 1px solid var(--colour);
+  border-radius: 4px; background: color-mix(in srgb, var(--colour) calc(12% + 88% * var(--score)), transparent); }
 #timeline .segment:hover { filter: brightness(1.15); }
 #timeline .segment.chosen { box-shadow: inset 0 0 0 3px var(--body-text-color); z-index: 1; }
 #timeline button:focus-visible { outline: 3px solid var(--color-accent); outline-offset: -3px; z-index: 1; }
@@ -296,8 +297,8 @@ CSS = """
   width: 100%; min-height: 2.4rem; padding: .25rem .7rem; text-align: left; }
 #timeline .list button:hover, #timeline .list button.chosen {
   background: color-mix(in srgb, var(--body-text-color) 6%, transparent); }
-#timeline .list button.chosen { box-shadow: inset 4px 0 hsl(var(--hue) 62% 46%); }
-#timeline .list .swatch { width: .9rem; height: .9rem; border-radius: 3px; background: hsl(var(--hue) 62% 46%); }
+#timeline .list button.chosen { box-shadow: inset 4px 0 var(--colour); }
+#timeline .list .swatch { width: .9rem; height: .9rem; border-radius: 3px; background: var(--colour); }
 #timeline .list .time, #timeline .list .score { font-variant-numeric: tabular-nums; }
 #timeline .list .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 @media (max-width: 640px) {
@@ -360,6 +361,7 @@ element.addEventListener("click", (event) => {
 });
 document.addEventListener("play", follow, true);
 document.addEventListener("timeupdate", follow, true);  // also where a hidden tab gets no animation frames
+window.addEventListener("resize", () => point());
 document.addEventListener("loadstart", () => { playing = null; point(); }, true);
 document.addEventListener("seeking", (event) => {  // by hand: out of the segment, nothing is to be stopped
   const now = event.target.currentTime;
