@@ -107,34 +107,32 @@ class _MediaFile:
         Reads all packets and decodes none: the seconds at which each packet of the stream is shown (sorted), those of its
         key frames, and seconds from the file's start to the stream's end.
         """
-        times, keys, ends, last_length = [], [], [], 0.0
+        shown, keys, ends, is_timed = [], [], [], True
         try:
             for packet in container.demux():
                 if packet.size == 0:  # how PyAV ends a stream
                     continue
                 if packet.pts is None:
-                    if packet.stream_index == self.stream_index:
-                        times.append(math.nan)
+                    is_timed &= packet.stream_index != self.stream_index
                     continue
                 time, length = (value * float(packet.time_base) for value in (packet.pts, packet.duration or 0))
                 ends.append(time + length)
                 # Edit lists hide packets that are there only to decode others.
                 if packet.stream_index == self.stream_index and not packet.is_discard:
-                    last_length = length if not times or time >= max(times[-1], times[0]) else last_length
-                    times.append(time)
-                    keys.append(time) if packet.is_keyframe else None
+                    shown.append((time, length))
+                    keys += [time] if packet.is_keyframe else []
         except self._av.error.FFmpegError as error:
             raise ValueError(
-                f"{self.path}: damaged or truncated ({error.strerror}) after {len(times)} packets."
+                f"{self.path}: damaged or truncated ({error.strerror}) after {len(shown)} packets."
             ) from error
-        if np.isnan(times).any():  # old AVI files: only decoding tells
-            times, keys = [frame.time for frame in self._decode()], []
-            ends.extend(times)
-        if not times:
+        if not is_timed:  # old AVI files: only decoding tells
+            shown, keys = [(frame.time, 0.0) for frame in self._decode()], []
+            ends += [time for time, _ in shown]
+        if not shown:
             raise ValueError(f"{self.path}: its {self._kind} stream ({self.codec}) has no frames: nothing to read.")
-        times = np.sort(times)
-        if not last_length and len(times) > 1:
-            last_length = float(np.median(np.diff(times)))
+        shown.sort()
+        times = np.array([time for time, _ in shown])
+        last_length = shown[-1][1] or (float(np.median(np.diff(times))) if len(times) > 1 else 0.0)
         declared, end = (container.duration or 0) / self._av.time_base, max(ends) - self.start_time
         if declared - end > max(1.0, 0.02 * declared) and _WITH_DURATION & {*container.format.name.split(",")}:
             raise ValueError(
