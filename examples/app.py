@@ -22,17 +22,16 @@ import gradio as gr
 from transformers import logging, pipeline
 
 import modeling_convtransformer  # noqa: F401 - registers the pipeline
+from modeling_convtransformer.feature_extraction_convtransformer import ARRAY_SUFFIXES
 from modeling_convtransformer.features import load_encoder
-from modeling_convtransformer.recordings import AUDIO_SUFFIXES, VIDEO_SUFFIXES
+from modeling_convtransformer.recordings import AUDIO_SUFFIXES, TABLE_SUFFIXES, VIDEO_SUFFIXES
 from modeling_convtransformer.segments import format_segments
 from modeling_convtransformer.visualization import class_colour
 
-ARRAYS = (".npy", ".npz", ".safetensors")
-TABLES = (".csv", ".tsv", ".parquet")
-KNOWN = (*VIDEO_SUFFIXES, *AUDIO_SUFFIXES, *TABLES, *ARRAYS)
+KNOWN = (*VIDEO_SUFFIXES, *AUDIO_SUFFIXES, *TABLE_SUFFIXES, *ARRAY_SUFFIXES)
 KINDS = (
-    f"a video ({', '.join(VIDEO_SUFFIXES)}), sound ({', '.join(AUDIO_SUFFIXES)}), features ({', '.join(ARRAYS)}) or sensor "
-    f"values ({', '.join((*TABLES, *ARRAYS))})"
+    f"a video ({', '.join(VIDEO_SUFFIXES)}), sound ({', '.join(AUDIO_SUFFIXES)}), features ({', '.join(ARRAY_SUFFIXES)}) or sensor "
+    f"values ({', '.join((*TABLE_SUFFIXES, *ARRAY_SUFFIXES))})"
 )
 NMS_METHODS = {"Gaussian soft-NMS": "soft", "Linear soft-NMS": "linear", "Hard NMS": "hard", "None": "none"}
 # Name on the button, format of modeling_convtransformer.segments, what follows the recording's name in the file's.
@@ -105,9 +104,9 @@ def as_recording(path: Path, feature_extractor, encoder=None) -> str | dict:
                 "features."
             )
         return str(path)
-    if suffix in TABLES:
+    if suffix in TABLE_SUFFIXES:
         return str(path)
-    if suffix not in ARRAYS:
+    if suffix not in ARRAY_SUFFIXES:
         kind = f"a {suffix} file" if suffix else "a file without a suffix"
         raise ValueError(f"{path.name} is {kind}. Expected {KINDS}. Convert it, or drop another file.")
     return feature_extractor.as_sample(path)

@@ -57,8 +57,9 @@ def extract(path: Path, target: Path, locks: Path, settings: dict) -> tuple[str,
             return "there already" if was_there else "done", ""
     except Timeout:
         return "taken", ""
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        return "failed", " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        return "failed", reason if str(path) in reason else f"{path}: {type(error).__name__}: {reason}"
 
 
 def find(folder: Path, output: Path, suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:

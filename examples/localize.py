@@ -14,7 +14,8 @@ import numpy as np
 from transformers import pipeline
 
 import modeling_convtransformer  # noqa: F401 - registers the pipeline
-from modeling_convtransformer.segments import read_segments, write_segments
+from modeling_convtransformer.feature_extraction_convtransformer import ARRAY_SUFFIXES
+from modeling_convtransformer.segments import FORMATS, read_segments, write_segments
 from modeling_convtransformer.visualization import plot_timeline, save_figure
 
 
@@ -43,11 +44,15 @@ def main():
     parser.add_argument("--truth", type=Path, help="segments to show beside, in any format of docs/segments.md")
     parser.add_argument("--picture", type=Path, help="timeline to write: .png, .svg or .pdf")
     parser.add_argument("--save", type=Path, help="segments to write: .json, .csv, .vtt, ... (docs/segments.md)")
+    parser.add_argument("--format", choices=FORMATS, help="of --save (default: by its suffix)")
     parser.add_argument("--threshold", type=float, default=0.3, help="least score to show (default: 0.3)")
     options = parser.parse_args()
     for file in (options.recording, options.truth):
         if file is not None and not file.exists():
             parser.error(f"there is no {file}")
+    suffixes = (".json", ".csv", ".vtt")
+    if options.save is not None and options.format is None and options.save.suffix.lower() not in suffixes:
+        parser.error(f"--save {options.save}: only {', '.join(suffixes)} say their format; give --format")
 
     try:
         truth = None if options.truth is None else read_segments(options.truth)
@@ -56,12 +61,12 @@ def main():
                 raise ValueError(f"{options.truth} has no recording {options.recording.stem}")
             truth = truth[options.recording.stem]
         localize = pipeline("temporal-action-localization", model=options.model)
-        is_array = options.recording.suffix.lower() in (".npy", ".npz", ".safetensors")
+        is_array = options.recording.suffix.lower() in ARRAY_SUFFIXES
         recording = localize.feature_extractor.as_sample(options.recording) if is_array else options.recording
         sample = localize.open(recording, encoder=options.encoder, columns=options.columns)
         segments = localize(sample, threshold=options.threshold)
         if options.save is not None:
-            write_segments(options.save, segments)
+            write_segments(options.save, segments, options.format)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     steps = (len(sample["features"]) - 1) * sample["feature_stride"] + sample["num_frames"]

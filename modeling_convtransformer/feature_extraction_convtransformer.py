@@ -46,6 +46,8 @@ _V1_DATASET = {"input_dim": 2304, "feat_stride": 16, "num_frames": 32}
 _NMS_METHODS = ("soft", "linear", "hard", "none")
 _GEOMETRY = ("fps", "feature_stride", "num_frames", "duration")
 _ENCODER = ("name", "revision", "pooling", "dtype")
+# Files of arrays.
+ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
 # What a sample may be, and what its first axis counts.
 _AXES = {"features": "time", "signal": "samples"}
 
@@ -936,9 +938,9 @@ def _load(path: str | os.PathLike, name: str) -> np.ndarray:
         raise ValueError(f"{name}: there is no file {path}.") from error
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         # (numpy's own words advise to unpickle whatever it does not know)
-        if Path(path).suffix.lower() not in (".npy", ".npz", ".safetensors"):
+        if Path(path).suffix.lower() not in ARRAY_SUFFIXES:
             raise ValueError(
-                f"{name}: no file of features (.npy, .npz, .safetensors). Recordings (video, sound, CSV or Parquet of sensors) are "
+                f"{name}: no file of features ({', '.join(ARRAY_SUFFIXES)}). Recordings (video, sound, CSV or Parquet of sensors) are "
                 "for the pipelines, or for modeling_convtransformer.features.extract_features."
             ) from error
         reason = "not in this format, or Python objects" if "pickle" in str(error) else error
@@ -948,7 +950,7 @@ def _load(path: str | os.PathLike, name: str) -> np.ndarray:
             "np.save(path, array.astype(np.float32))."
         ) from error
     if array is None:
-        raise ValueError(f"{name}: {path} holds the arrays {keys}; expected one, or one named 'features'.")
+        raise ValueError(f"{name}: {path} holds the arrays {keys}; expected one, or one named 'features' or 'signal'.")
     return array
 
 
@@ -1036,7 +1038,8 @@ def check_encoder(encoder) -> dict[str, str] | None:
 
 
 def _find_key(keys: list[str]) -> str | None:
-    keys = [key for key in ("features", "feats") if key in keys] or keys
+    """Of several arrays the one with a name of ours; what `recordings.read_signal` reads has `signal`, and its rate beside."""
+    keys = [key for key in ("features", "feats", "signal") if key in keys] or keys
     return keys[0] if len(keys) == 1 else None
 
 

@@ -30,7 +30,7 @@ from transformers.audio_utils import mel_filter_bank
 from transformers.utils import cached_file, logging
 
 from .feature_extraction_convtransformer import window_features
-from .recordings import SIGNAL_SUFFIXES, AudioFile, VideoFile, read_signal
+from .recordings import SIGNAL_SUFFIXES, AudioFile, VideoFile, check_rate, read_signal
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +41,7 @@ LOG_MEL = "log-mel"
 # Frames that are decoded and resized at once: what bounds the memory of full-size frames.
 _FRAMES_AT_ONCE = 16
 # Settings of an image or video processor of transformers where its file leaves them out.
+_SIZES = ({"height", "width"}, {"shortest_edge"})
 _RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 
 
@@ -79,10 +80,11 @@ def load_encoder(
     if not isinstance(number, torch.dtype):
         raise ValueError(f"dtype is {dtype!r}; expected such as 'float32' or 'bfloat16'.")
     model, info = AutoModel.from_pretrained(name, revision=revision, dtype=number, output_loading_info=True)
-    # Models of two kinds of input: the half that sees or hears.
+    # Of models that also read or write, the part that sees or hears.
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
-    model = getattr(model, "vision_model", model)
+    for part in ("video_model", "vision_model", "audio_model"):
+        model = getattr(model, part, model)
     missing = [key for key in info["missing_keys"] if pooling == "pooler" or "pooler" not in key]
     if missing:
         raise ValueError(
@@ -96,7 +98,14 @@ def load_encoder(
             f"{name} is a {type(model).__name__}, which takes {model.main_input_name}; expected an encoder of video, images or "
             "sound."
         )
-    return kinds[model.main_input_name](model.to(device).eval().requires_grad_(False), name, revision, pooling)
+    encoder = kinds[model.main_input_name](model.to(device).eval().requires_grad_(False), name, revision, pooling)
+    try:
+        encoder.width = encoder.try_out().shape[1]
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{name}: {type(model).__name__} cannot be used as it is: a window of zeros gave {type(error).__name__}: {error}"
+        ) from error
+    return encoder
 
 
 class _Encoder:
@@ -106,7 +115,7 @@ class _Encoder:
     Attributes:
         num_frames, feature_stride: ticks of the clock that a feature covers, and from one to the next, by default.
         fps: ticks a second that the encoder needs; None: any.
-        width: of a feature; None: to be seen.
+        width: of a feature.
         batch_size: windows at once, by default.
     """
 
@@ -115,7 +124,6 @@ class _Encoder:
 
     def __init__(self, model, name: str, revision: str | None, pooling: str):
         self.model, self.name, self.pooling = model, name, pooling
-        self.width = getattr(model.config, "hidden_size", None)
         self.revision = getattr(model.config, "_commit_hash", None) or revision
         self.fingerprint = _fingerprint_weights(model)
 
@@ -130,10 +138,14 @@ class _Encoder:
         if self.pooling == "pooler":
             pooled = getattr(outputs, "pooler_output", None)
             if pooled is None:
-                raise ValueError(f"{self.name} has no pooler_output; expected pooling 'mean' or 'cls'.")
-            return pooled
+                raise ValueError("no pooler_output; expected pooling 'mean' or 'cls'")
+            return pooled.flatten(1)
         tokens = outputs.last_hidden_state
-        return tokens[:, 0] if self.pooling == "cls" else tokens.flatten(1, -2).mean(dim=1)
+        if tokens.ndim > 3:  # of convolutions: (windows, channels, height, width)
+            tokens = tokens.flatten(2).mT
+            if self.pooling == "cls":
+                raise ValueError("a convolutional encoder has no first token; expected pooling 'mean' or 'pooler'")
+        return tokens[:, 0] if self.pooling == "cls" else tokens.mean(dim=1)
 
 
 class VideoEncoder(_Encoder):
@@ -192,6 +204,11 @@ class VideoEncoder(_Encoder):
             windows = windows[:, 0]
         return self._pool(self.model(**{self.model.main_input_name: windows}, **self._arguments)).float()
 
+    def try_out(self) -> torch.Tensor:
+        """The feature of a black window, (1, channels)."""
+        frames = torch.zeros(self.frames_per_clip, 3, 64, 64, dtype=torch.uint8)
+        return self.encode(self.prepare(frames)[None])
+
     def open(self, path: str | os.PathLike, fps: float | None) -> "_VideoTicks":
         return _VideoTicks(path, fps, self)
 
@@ -214,13 +231,17 @@ class AudioEncoder(_Encoder):
     def encode(self, windows: torch.Tensor) -> torch.Tensor:
         """Windows of sound (windows, samples) to features (windows, channels) float32."""
         inputs = self._processor([one.numpy() for one in windows], sampling_rate=self.fps, return_tensors="pt")
-        name = self.model.main_input_name
-        outputs = self.model(**{name: inputs[name].to(self.model.device, self.model.dtype)})
+        inputs = inputs.to(self.model.device, self.model.dtype)  # (the dtype of numbers with a point)
+        outputs = self.model(**inputs)
         whole = getattr(self._processor, "n_samples", None)  # Whisper hears 30 s, mostly silence here
         if whole and self.pooling == "mean":
             heard = math.ceil(outputs.last_hidden_state.shape[1] * windows.shape[1] / whole)
             return outputs.last_hidden_state[:, :heard].mean(dim=1).float()
         return self._pool(outputs).float()
+
+    def try_out(self) -> torch.Tensor:
+        """The feature of a silent window, (1, channels)."""
+        return self.encode(torch.zeros(1, self.num_frames))
 
     def open(self, path: str | os.PathLike, fps: float | None) -> "_AudioTicks":
         return _AudioTicks(path, fps, self)
@@ -328,8 +349,10 @@ def extract_features(
     Raises:
         ValueError: as `recordings.VideoFile`, `AudioFile` and `read_signal`; a cache of something else.
     """
+    check_rate(fps)
     for name, value in (("feature_stride", feature_stride), ("num_frames", num_frames), ("batch_size", batch_size)):
-        if value is not None and (value != int(value) or value < 1):
+        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if value is not None and not (is_number and value >= 1 and value == int(value)):
             raise ValueError(f"{name} is {value!r}; expected a whole number, 1 or more.")
     if "://" not in os.fspath(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: {'a folder; expected a file' if os.path.isdir(path) else 'there is no such file'}.")
@@ -371,7 +394,14 @@ def extract_features(
             values = torch.cat([*parts, recording.read(new)] if len(new) else parts)
             ticks = np.concatenate([ticks[needed], new])
             windows = values[torch.from_numpy(np.searchsorted(ticks, wanted))]
-            file.append(encoder.encode(windows).cpu().numpy())
+            try:
+                file.append(encoder.encode(windows).cpu().numpy())
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{path}: {encoder.name} cannot encode windows of {num_frames} ticks ({error}); its own have {encoder.num_frames}."
+                ) from error
             bar.update(len(starts))
     return file.finish()
 
@@ -461,6 +491,8 @@ class _Cache:
     def _differences(self, found: dict[str, str]) -> list[str]:
         own = self.description
         # The same weights are the same encoder, whatever it is called; rate and duration are the recording's own, if not given.
+        if found.get("recording_sum") != own["recording_sum"]:
+            return [f"of {found.get('recording', 'another recording')}, not of this {own['recording']}"]
         same = {"recording"} | ({"fps", "duration"} - {*own})
         same |= {"encoder", "encoder_revision"} if "encoder_weights" in own else set()
         return [
@@ -553,6 +585,12 @@ def _read_processor(name: str, revision: str | None) -> dict[str, Any]:
         )
     size = content.get("size", content.get("crop_size", 224))
     crop = content.get("crop_size", size)
+    for key, value in (("size", size), ("crop_size", crop)):
+        is_known = isinstance(value, int) or (isinstance(value, dict) and {*value} in _SIZES)
+        if not is_known:
+            raise ValueError(
+                f"{name}: {key} is {value} in its processor's settings; expected height and width, or shortest_edge."
+            )
     resample = content.get("resample", 2)
     if content.get("do_resize", True) and resample not in _RESAMPLING:
         resample = 3  # Lanczos, which torch lacks; transformers' own processors take bicubic too

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .feature_extraction_convtransformer import (
     _GEOMETRY,
     _POST_PROCESSING,
+    ARRAY_SUFFIXES,
     ConvTransformerFeatureExtractor,
     check_encoder,
 )
@@ -22,8 +23,7 @@ from .processing_convtransformer import ConvTransformerProcessor, check_queries
 
 logger = logging.get_logger(__name__)
 
-# Files of arrays, which the feature extractor reads, and of sensor values; what else is given as a path is video or sound.
-_ARRAYS = (".npy", ".npz", ".safetensors")
+# Files of sensor values. What is given as a path and is neither such a table nor an array is video or sound.
 _TABLES = (".csv", ".tsv", ".parquet")
 _OPENING = ("encoder", "columns", *_GEOMETRY)
 _OUTPUTS = ("logits", "pred_segments", "point_mask", "point_levels")
@@ -72,9 +72,12 @@ class ConvTransformerPipeline(ChunkPipeline):
             ValueError, ImportError: as `__call__`.
         """
         geometry = {key: value for key, value in geometry.items() if value is not None}
-        features, geometry = self.feature_extractor.load(
-            self._read_file(recording, encoder, columns, geometry), geometry=geometry
-        )
+        path = recording
+        if isinstance(recording, Mapping):
+            path = next((recording[key] for key in ("signal", "features") if key in recording), None)
+        name = str(path) if isinstance(path, str | os.PathLike) else None
+        sample = self._read_file(recording, encoder, columns, geometry)
+        features, geometry = self.feature_extractor.load(sample, name, geometry)
         return {"features": features, **geometry}
 
     def _read_file(self, recording, encoder, columns, geometry: dict):
@@ -85,14 +88,16 @@ class ConvTransformerPipeline(ChunkPipeline):
                 return recording
             kind, path = "signal", recording["signal"]
             beside = {key: value for key, value in recording.items() if key != "signal"}
-        if not isinstance(path, str | os.PathLike) or Path(path).suffix.lower() in _ARRAYS:
+        if not isinstance(path, str | os.PathLike) or Path(path).suffix.lower() in ARRAY_SUFFIXES:
             return recording
         wanted = {key: getattr(self.feature_extractor, key) for key in _GEOMETRY[:3]} | {**geometry, **beside}
         if Path(path).suffix.lower() in _TABLES:
             signal, fps = _import("recordings").read_signal(path, wanted["fps"], columns)
             return {"signal": signal, **beside, "fps": fps}
         if kind == "signal":
-            raise ValueError(f"{path}: no file of sensor values; expected one of {', '.join((*_ARRAYS, *_TABLES))}.")
+            raise ValueError(
+                f"{path}: no file of sensor values; expected one of {', '.join((*ARRAY_SUFFIXES, *_TABLES))}."
+            )
         encoder = self._load_encoder(encoder, path)
         if encoder.width not in (None, self.feature_extractor.feature_size):
             raise ValueError(
@@ -113,7 +118,7 @@ class ConvTransformerPipeline(ChunkPipeline):
         settings = check_encoder(encoder) or self.feature_extractor.encoder
         if settings is None:
             raise ValueError(
-                f"{path}: no file of features ({', '.join(_ARRAYS)}), so it takes an encoder to make them, and "
+                f"{path}: no file of features ({', '.join(ARRAY_SUFFIXES)}), so it takes an encoder to make them, and "
                 "preprocessor_config.json names none. Give the one that the model's training features came from: "
                 "encoder='MCG-NJU/videomae-base', for example."
             )

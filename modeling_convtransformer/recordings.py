@@ -15,7 +15,11 @@ import importlib
 import itertools
 import math
 import os
+import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -24,27 +28,24 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-__all__ = ["AUDIO_SUFFIXES", "SIGNAL_SUFFIXES", "VIDEO_SUFFIXES", "AudioFile", "VideoFile", "read_signal"]
+__all__ = [
+    "AUDIO_SUFFIXES",
+    "SIGNAL_SUFFIXES",
+    "TABLE_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "AudioFile",
+    "VideoFile",
+    "read_signal",
+]
 
 # What to look for in a folder. (FFmpeg tells by what is in a file; of sensors these are all that can be read.)
 VIDEO_SUFFIXES = (
-    ".mp4",
-    ".m4v",
-    ".mov",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".ts",
-    ".mts",
-    ".m2ts",
-    ".mpg",
-    ".mpeg",
-    ".flv",
-    ".wmv",
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".flv", ".wmv"),
+    *(".3gp", ".ogv"),
 )
-VIDEO_SUFFIXES += (".3gp", ".ogv")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma")
-SIGNAL_SUFFIXES = (".csv", ".tsv", ".parquet", ".npy", ".npz")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+SIGNAL_SUFFIXES = (*TABLE_SUFFIXES, ".npy", ".npz")
 
 # Containers whose header says how long the recording is, so that a file that ends before can be told.
 _WITH_DURATION = {"mov", "mp4", "matroska", "webm", "avi", "flv", "wav"}
@@ -69,6 +70,8 @@ class _MediaFile:
             # What a player counts from: the first time of the earliest stream.
             self.start_time = (container.start_time or 0) / self._av.time_base
             self._declared_rate = float(getattr(stream, "average_rate", None) or 0)
+            # AVI has no times of showing: its frames come in order, one each period.
+            self._is_in_order = container.format.name == "avi"
             self._times, self._key_times, self.duration = self._scan(container)
 
     def _open(self):
@@ -125,15 +128,17 @@ class _MediaFile:
             raise ValueError(
                 f"{self.path}: damaged or truncated ({error.strerror}) after {len(shown)} packets."
             ) from error
-        if not is_timed:  # old AVI files: only decoding tells
-            shown, keys = [(frame.time, 0.0) for frame in self._decode()], []
+        if not is_timed:  # only decoding tells
+            shown, keys = [(frame.time, 0.0) for frame in self._decode() if frame.time is not None], []
             ends += [time for time, _ in shown]
         if not shown:
-            raise ValueError(f"{self.path}: its {self._kind} stream ({self.codec}) has no frames: nothing to read.")
+            advice = "." if is_timed else " with a time. Put it into a container: ffmpeg -i INPUT -c copy OUTPUT.mp4."
+            raise ValueError(f"{self.path}: its {self._kind} stream ({self.codec}) has no frames{advice}")
         shown.sort()
         times = np.array([time for time, _ in shown])
         last_length = shown[-1][1] or (float(np.median(np.diff(times))) if len(times) > 1 else 0.0)
-        declared, end = (container.duration or 0) / self._av.time_base, max(ends) - self.start_time
+        # (Matroska says when it ends, others how long it is.)
+        declared, end = (container.duration or 0) / self._av.time_base, max(ends) - min(self.start_time, 0.0)
         if declared - end > max(1.0, 0.02 * declared) and _WITH_DURATION & {*container.format.name.split(",")}:
             raise ValueError(
                 f"{self.path}: truncated: its header says {declared:.1f} s, but it ends after {end:.1f} s. Copy it again, or keep "
@@ -150,8 +155,8 @@ class _MediaFile:
                 container.seek(int(start / stream.time_base), stream=stream, backward=True)
             for packet in container.demux(stream):
                 try:
-                    yield from (frame for frame in packet.decode() if frame.time is not None)
-                except self._av.error.InvalidDataError:
+                    yield from packet.decode()
+                except self._av.error.FFmpegError:
                     logger.warning_once(f"{self.path}: damaged data is left out; a player shows the frame before it.")
 
 
@@ -195,7 +200,7 @@ class VideoFile(_MediaFile):
         if self.rotation % 180:
             self.width, self.height = first.height, first.width
         self._is_auto = decoder == "auto"
-        if decoder != "pyav":
+        if decoder != "pyav" and not self._is_in_order:
             try:
                 self._frames = _TorchCodecFrames(self)
             except (ImportError, OSError, RuntimeError):
@@ -228,44 +233,66 @@ class _PyAVFrames:
 
     def __init__(self, video: VideoFile):
         self._video = video
+        self._keys = np.zeros(0) if video._is_in_order else video._key_times
         self._seek(None)
         if self._coming is None:
             raise ValueError(
                 f"{video.path}: none of the {len(video._times)} frames of its video ({video.codec}) can be decoded; the file is "
                 "damaged."
             )
-        self.first = self._coming
+        self.first = self._coming[1]
+        self._graph_of = None
 
     def read(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.stack([self._to_tensor(self._frame_at(time)) for time in self._video._times[numbers]])
 
     def _frame_at(self, time: float):
         """The last frame that is not after `time`: the one of this time, but where its data is damaged."""
-        keys = self._video._key_times
-        key = keys[max(np.searchsorted(keys, time + _SAME_TIME) - 1, 0)] if len(keys) else -math.inf
-        is_behind = self._shown is not None and time < self._shown.time - _SAME_TIME
-        if is_behind or (self._coming is not None and key > self._coming.time + _SAME_TIME):
+        place = np.searchsorted(self._keys, time + _SAME_TIME) - 1
+        key = self._keys[max(place, 0)] if len(self._keys) else -math.inf
+        is_behind = self._shown is not None and time < self._shown[0] - _SAME_TIME
+        if is_behind or (self._coming is not None and key > self._coming[0] + _SAME_TIME):
             # Some containers seek by the times of decoding and land too late: then from earlier, in the end from the start.
             for start in (key, key - 10.0, None):
                 self._seek(start if start is not None and start > self._video._times[0] else None)
-                if self._coming is not None and self._coming.time <= time + _SAME_TIME:
+                if self._coming is not None and self._coming[0] <= time + _SAME_TIME:
                     break
-        while self._coming is not None and self._coming.time <= time + _SAME_TIME:
+        while self._coming is not None and self._coming[0] <= time + _SAME_TIME:
             self._shown, self._coming = self._coming, next(self._decoded, None)
-        return self._shown or self._coming
+        return (self._shown or self._coming)[1]
 
     def _seek(self, start: float | None):
-        self._decoded = self._video._decode(start)
+        frames = self._video._decode(start)
+        if self._video._is_in_order:
+            self._decoded = zip(self._video._times, frames, strict=False)
+        else:
+            self._decoded = ((frame.time, frame) for frame in frames if frame.time is not None)
         try:
             self._shown, self._coming = None, next(self._decoded, None)
         except self._video._av.error.FFmpegError:  # cannot seek
             self._seek(None)
 
     def _to_tensor(self, frame) -> torch.Tensor:
-        # A stream may change its size on the way.
-        array = frame.to_ndarray(format="rgb24", width=self.first.width, height=self.first.height)
-        turned = np.rot90(array, self._video.rotation // 90)
+        kind = (frame.width, frame.height, frame.format.name)
+        if self._graph_of != kind:  # a stream may change on the way
+            self._graph_of, self._graph = kind, self._make_graph(frame)
+        self._graph.push(frame)
+        turned = np.rot90(self._graph.pull().to_ndarray(), self._video.rotation // 90)
         return torch.from_numpy(np.ascontiguousarray(turned.transpose(2, 0, 1)))
+
+    def _make_graph(self, frame):
+        """To red, green and blue of the first frame's size. (`to_ndarray` alone is far off for 10 bits and interlaced video.)"""
+        graph = self._video._av.filter.Graph()
+        source = graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+        )
+        scale = graph.add("scale", f"{self.first.width}:{self.first.height}:flags=bicubic")
+        rgb, sink = graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")
+        source.link_to(scale)
+        scale.link_to(rgb)
+        rgb.link_to(sink)
+        graph.configure()
+        return graph
 
 
 class _TorchCodecFrames:
@@ -335,9 +362,10 @@ class AudioFile(_MediaFile):
         count = 0
         for frame in itertools.chain(self._decode(), [None]):  # None: what the resampler holds back
             if frame is not None:
-                # Sound that starts late or has a hole: silence up to its time.
-                missing = round((frame.time - self.start_time) * self.fps) - count
-                frame.pts = None
+                # Sound that starts late or has a hole: silence up to its time. (Some codecs give not each frame a time.)
+                time = self.start_time + count / self.fps if frame.time is None else frame.time
+                missing = round((time - self.start_time) * self.fps) - count
+                frame.pts = None  # the resampler would look at it too
                 if missing > 0.1 * self.fps or (count == 0 and missing > 0):
                     count += missing
                     yield np.zeros(missing, dtype=np.float32)
@@ -350,17 +378,19 @@ class AudioFile(_MediaFile):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sensors
 
-# Names of columns that hold times, and the seconds of their unit (None: to be told from the values).
-_TIME_NAMES = {
-    "time": None,
-    "timestamp": None,
-    "timestamps": None,
-    "datetime": None,
-    "t": None,
-    "seconds": 1.0,
+# A column holds times if its name has one of these words, and beside it only those, or a unit (in seconds).
+_TIME_WORDS = {"time", "timestamp", "timestamps", "datetime", "elapsed", "epoch", "epoc", "t", "seconds", "sec"}
+_BESIDE_TIME = {"unix", "utc", "system", "date", "local", "sensor", "since", "start", "of", "sample"}
+_UNITS = {
+    "s": 1.0,
     "sec": 1.0,
+    "seconds": 1.0,
+    "ms": 1e-3,
+    "millis": 1e-3,
+    "milliseconds": 1e-3,
+    "us": 1e-6,
+    "ns": 1e-9,
 }
-_UNITS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "millis": 1e-3, "us": 1e-6, "ns": 1e-9}
 # Numbers since 1970: from 1973 on, which unit they count is clear from their size.
 _EPOCHS = ((1e17, 1e-9), (1e14, 1e-6), (1e11, 1e-3), (1e8, 1.0))
 
@@ -394,8 +424,7 @@ def read_signal(
         raise ValueError(f"{path}: there is no such file.")
     if path.suffix.lower() not in SIGNAL_SUFFIXES:
         raise ValueError(f"{path}: not a sensor file; expected one of {', '.join(SIGNAL_SUFFIXES)}.")
-    if fps is not None and not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps is {fps!r}; expected a positive number of samples per second.")
+    check_rate(fps)
     if path.suffix.lower() in (".npy", ".npz"):
         signal, own = _read_numpy(path, columns)
         if own is not None and fps is not None and abs(own - fps) > 1e-6 * fps:
@@ -403,7 +432,7 @@ def read_signal(
         fps = fps or own
     else:
         table, first_line = _read_table(path)
-        times, signal = _split_times(table, columns, path, first_line)
+        times, signal = _split_times(table, columns, fps, path, first_line)
         if times is not None:
             rate = _rate(times, path, first_line)
             return _on_clock(times, signal, fps or rate), fps or rate
@@ -413,6 +442,16 @@ def read_signal(
             "`timestamp`. Give it as fps=."
         )
     return signal, fps
+
+
+def check_rate(fps: float | None):
+    """
+    Raises:
+        ValueError: it is not None, nor a positive number.
+    """
+    is_number = isinstance(fps, int | float | np.number) and not isinstance(fps, bool)
+    if fps is not None and not (is_number and math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps is {fps!r}; expected a positive number: frames, or samples, per second.")
 
 
 def _read_numpy(path: Path, columns: Sequence[str] | None) -> tuple[np.ndarray, float | None]:
@@ -425,12 +464,17 @@ def _read_numpy(path: Path, columns: Sequence[str] | None) -> tuple[np.ndarray, 
         else:
             with loaded:
                 arrays = {key: loaded[key] for key in loaded.files}
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = (
             "Python objects, which are refused because loading them runs code" if "pickle" in str(error) else error
         )
         raise ValueError(f"{path}: not readable as an array of numbers ({reason}).") from error
-    rates = [float(arrays[key]) for key in ("fps", "sampling_rate") if key in arrays and arrays[key].size == 1]
+    rates = [arrays[key].reshape(-1)[0] for key in ("fps", "sampling_rate") if key in arrays and arrays[key].size == 1]
+    try:
+        for rate in rates:
+            check_rate(rate)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     values = {key: array for key, array in arrays.items() if array.ndim == 2}
     if "signal" not in values and len(values) != 1:
         shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items()) or "nothing"
@@ -438,8 +482,10 @@ def _read_numpy(path: Path, columns: Sequence[str] | None) -> tuple[np.ndarray, 
     signal = values.get("signal", next(iter(values.values())))
     if not np.issubdtype(signal.dtype, np.number) or np.iscomplexobj(signal):
         raise ValueError(f"{path}: values of type {signal.dtype}; expected real numbers.")
+    if signal.size == 0:
+        raise ValueError(f"{path}: an array of shape {signal.shape} has no samples.")
     _check_finite(signal, [f"channel {channel}" for channel in range(signal.shape[1])], path, 0)
-    return signal.astype(np.float32), rates[0] if rates else None
+    return signal.astype(np.float32), float(rates[0]) if rates else None
 
 
 def _read_table(path: Path):
@@ -452,9 +498,10 @@ def _read_table(path: Path):
             table, first_line = parquet.read_table(path), 0
         else:
             table, first_line = _read_csv(path)
-    except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not readable as a table ({reason}).") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path}: not UTF-8 ({error}). Save it as UTF-8 (in Excel: "CSV UTF-8").') from error
+    except arrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not readable as a table ({str(error).splitlines()[0]}).") from error
     if table.num_rows == 0:
         raise ValueError(f"{path}: has no samples ({table.num_columns} columns and no rows).")
     return table, first_line
@@ -465,27 +512,41 @@ def _read_csv(path: Path):
 
     with open(path, encoding="utf-8-sig", newline="") as file:
         head = list(itertools.islice(file, 100))
+    # Lines before the table: remarks, and Excel's word on what separates cells.
+    skipped = next((number for number, line in enumerate(head) if not line.startswith(("#", "sep="))), len(head))
+    head = head[skipped:]
     if not head:
-        raise ValueError(f"{path}: the file is empty (0 bytes).")
+        raise ValueError(f"{path}: the file has no rows ({path.stat().st_size} bytes).")
     delimiter = max(",;\t", key=head[0].count)
     marks = "".join(head[1:])
     decimal_point = "," if delimiter != "," and marks.count(",") > marks.count(".") else "."
-    cells = next(csv.reader(head[:1], delimiter=delimiter))
-    has_header = not all(_is_float(cell.replace(decimal_point, ".")) for cell in cells)
+    cells = [cell.replace(decimal_point, ".") for cell in next(csv.reader(head[:1], delimiter=delimiter))]
+    # 0, 1, 2, ... are the names that pandas gives to columns without one.
+    has_header = not all(map(_is_value, cells)) or cells == [str(number) for number in range(len(cells))]
     table = arrow_csv.read_csv(
         path,
-        # Types are told from the first block: all of the file is one.
+        # Types are told from the first block: all of the file is one, up to the largest that there may be.
         read_options=arrow_csv.ReadOptions(
-            block_size=max(path.stat().st_size, 1),
+            block_size=min(max(path.stat().st_size, 1), 2**31 - 1),
+            skip_rows=skipped,
             autogenerate_column_names=not has_header,
         ),
         parse_options=arrow_csv.ParseOptions(delimiter=delimiter),
         convert_options=arrow_csv.ConvertOptions(decimal_point=decimal_point),
     )
-    return table, 2 if has_header else 1
+    return table, skipped + (2 if has_header else 1)
 
 
-def _split_times(table, columns: Sequence[str] | None, path: Path, first_line: int):
+def _is_value(cell: str) -> bool:
+    """A number or a date, not a name."""
+    try:
+        datetime.fromisoformat(cell.strip())
+    except ValueError:
+        return _is_float(cell)
+    return True
+
+
+def _split_times(table, columns: Sequence[str] | None, fps: float | None, path: Path, first_line: int):
     """The column of times as seconds from the first (samples,), or None, and the values (samples, channels)."""
     import pyarrow as arrow
 
@@ -493,12 +554,15 @@ def _split_times(table, columns: Sequence[str] | None, path: Path, first_line: i
     in_column = dict(zip(names, table.columns, strict=True))
     if len(in_column) < len(names):
         raise ValueError(f"{path}: names of columns are there twice ({', '.join(names)}); rename them.")
-    own = next((name for name in names if _unit(name) or arrow.types.is_timestamp(in_column[name].type)), None)
-    times = None if own is None else _to_seconds(in_column[own], own, path, first_line)
+    timed = [name for name in names if _is_time(name) or arrow.types.is_timestamp(in_column[name].type)]
+    times = _to_seconds(in_column[timed[0]], timed[0], fps, path, first_line) if timed else None
     if columns is None:
+        # (pandas writes an index under these names)
         chosen = [
-            name for name in names if name != own and name not in ("", "Unnamed: 0")
-        ]  # (an index that pandas wrote)
+            name for name in names if name not in (*timed, "", "Unnamed: 0") and not name.startswith("__index_level_")
+        ]
+        if len(timed) > 1:
+            logger.warning(f"{path}: of the columns of times, {', '.join(timed)}, the first is taken.")
     elif unknown := [name for name in columns if name not in names]:
         raise ValueError(f"{path}: has no columns {', '.join(unknown)}; those it has: {', '.join(names)}.")
     else:
@@ -511,19 +575,17 @@ def _split_times(table, columns: Sequence[str] | None, path: Path, first_line: i
     return times, signal.astype(np.float32)
 
 
-def _unit(name: str) -> tuple[float | None] | None:
-    """Whether a column of this name holds times, and the seconds of its unit if the name says it."""
-    words = (
-        name.lower().replace("(", " ").replace(")", " ").replace("[", " ").replace("]", " ").replace("_", " ").split()
-    )
-    if not words or words[0] not in _TIME_NAMES or len(words) > 2:
-        return None
-    if len(words) == 1:
-        return (_TIME_NAMES[words[0]],)
-    return (_UNITS[words[1]],) if words[1] in _UNITS else None
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
 
 
-def _to_seconds(column, name: str, path: Path, first_line: int) -> np.ndarray:
+def _is_time(name: str) -> bool:
+    words = {*_words(name)}
+    return bool(words & _TIME_WORDS) and words <= _TIME_WORDS | _BESIDE_TIME | {*_UNITS}
+
+
+def _to_seconds(column, name: str, fps: float | None, path: Path, first_line: int) -> np.ndarray | None:
+    """Seconds from the first time; None where they are not understood, but `fps` is given."""
     import pyarrow as arrow
 
     if arrow.types.is_timestamp(column.type):
@@ -532,13 +594,24 @@ def _to_seconds(column, name: str, path: Path, first_line: int) -> np.ndarray:
             raise ValueError(f"{path}: a gap in column {name!r}, {_place(row, first_line)}; expected a time.")
         times = column.cast(arrow.timestamp("ns")).to_numpy().astype(np.int64)
         return (times - times[0]) / 1e9
+    if not (arrow.types.is_integer(column.type) or arrow.types.is_floating(column.type)):
+        values = column.to_pylist()
+        row = next((row for row, value in enumerate(values) if not _is_float(value)), 0)
+        found = f"the times in column {name!r} are not understood ({values[row]!r} in {_place(row, first_line)})"
+        if fps is not None:
+            logger.warning(f"{path}: {found}; taken to be {fps} samples a second without pauses.")
+            return None
+        raise ValueError(
+            f"{path}: {found}; expected seconds, ISO dates or numbers since 1970. Convert them, or give fps= if the samples are "
+            "regular."
+        )
     times = _to_numbers(column, name, [name], path, first_line)
     _check_finite(times[:, None], [f"column {name!r}"], path, first_line)
-    (unit,) = _unit(name)
     first, times = (
         times[0],
         times - times[0],
     )  # in whole numbers: nanoseconds since 1970 are too many digits for a float
+    unit = next((_UNITS[word] for word in reversed(_words(name)) if word in _UNITS), None)
     if unit is None:
         unit = next((unit for least, unit in _EPOCHS if first >= least), None)
     if unit is None:

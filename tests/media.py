@@ -41,16 +41,17 @@ def write_video(
     sound: bool = False,
     size: tuple[int, int] = (64, 48),
     draw: Callable[[int], np.ndarray] | None = None,
+    pixels: str = "yuv420p",
+    options: dict[str, str] | None = None,
 ) -> Path:
     """Frames that say their numbers (or those that `draw` gives), at `rate`, or at `times` (seconds)."""
     av = pytest.importorskip("av", reason='video tests need PyAV: pip install "modeling-convtransformer[video]"')
     path.parent.mkdir(parents=True, exist_ok=True)
     base = Fraction(1, 90000) if times is not None else 1 / Fraction(rate)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(
-            codec, rate=Fraction(rate), options={"g": "12", **({"bf": "2"} if "264" in codec else {})}
-        )
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        own = {"g": "12", **({"bf": "2"} if "264" in codec else {}), **(options or {})}
+        stream = container.add_stream(codec, rate=Fraction(rate), options=own)
+        stream.width, stream.height, stream.pix_fmt = *size, pixels
         stream.codec_context.time_base = base
         audio = container.add_stream("libopus" if path.suffix == ".webm" else "aac", rate=48000) if sound else None
         for number in range(frames):
@@ -68,11 +69,13 @@ def write_video(
     return path
 
 
-def write_sound(path: Path, seconds: float = 3.0, rate: int = 16000, hertz: float = 440.0) -> Path:
-    """A tone, in PCM (.wav) or FLAC: what is read is what was written."""
+def write_sound(
+    path: Path, seconds: float = 3.0, rate: int = 16000, hertz: float = 440.0, codec: str | None = None
+) -> Path:
+    """A tone, by default in PCM (.wav) or FLAC: what is read is what was written."""
     av = pytest.importorskip("av", reason='sound tests need PyAV: pip install "modeling-convtransformer[video]"')
     with av.open(str(path), "w") as container:
-        codec = {".wav": "pcm_s16le", ".flac": "flac"}[path.suffix]
+        codec = codec or {".wav": "pcm_s16le", ".flac": "flac"}[path.suffix]
         _write_tone(av, container, container.add_stream(codec, rate=rate, layout="mono"), seconds, rate, hertz)
     return path
 
@@ -139,6 +142,9 @@ def save_encoder(folder: Path, kind: str = "videomae") -> Path:
             )
         ),
         "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**small, **picture, mlp_ratio=1)),
+        "convnext": lambda: transformers.ConvNextModel(
+            transformers.ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1])
+        ),
         "wav2vec2": lambda: transformers.Wav2Vec2Model(
             transformers.Wav2Vec2Config(
                 **small,

@@ -102,14 +102,17 @@ def test_a_folder_of_sensor_files(tmp_path, monkeypatch, capsys):
         rows = "\n".join(f"{i / 50:g},{i},{-i}" for i in range(100))
         (tmp_path / "sessions" / f"{name}.csv").write_text(f"time,x,y\n{rows}\n")
     (tmp_path / "sessions" / "c.csv").write_text("time,x,y\n0,1,walk\n0.02,1,walk\n")
+    np.savez(tmp_path / "sessions" / "d.npz", signal=np.zeros((100, 2)), fps=50)
+    (tmp_path / "sessions" / "e.npz").write_bytes((tmp_path / "sessions" / "d.npz").read_bytes()[:500])
     monkeypatch.chdir(tmp_path)
     arguments = ["sessions", "features", "--num_frames", "20", "--feature_stride", "10"]
     with pytest.raises(SystemExit) as stopped:
         load_example("extract_features", monkeypatch, *arguments)
     assert stopped.value.code == 1
     printed = capsys.readouterr()
-    assert "2 extracted, 0 were there already, 1 failed" in printed.out
+    assert "3 extracted, 0 were there already, 2 failed" in printed.out
     assert "column 'y' holds 'walk'" in printed.err
+    assert "sessions/e.npz: not readable as an array" in printed.err
     assert stored_geometry(tmp_path / "features" / "a.safetensors")["fps"] == 50
 
 

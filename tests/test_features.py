@@ -113,7 +113,7 @@ def test_features_are_the_encoders_of_the_right_frames(files, kind):
         {},
         {"resample": 3},
         {"resample": 0},
-        {"size": {"height": 40, "width": 52}, "crop_size": {"height": 40, "width": 52}},
+        {"size": {"height": 40, "width": 52}},
         {"size": {"shortest_edge": 20}},  # smaller than the crop: black around it
         {"do_center_crop": False, "size": {"height": 32, "width": 32}},
         {"rescale_factor": 1 / 127.5, "do_normalize": False},
@@ -146,8 +146,20 @@ def test_poolings(files):
         tokens = outputs.last_hidden_state
         expected = {"mean": tokens.mean(1), "cls": tokens[:, 0], "pooler": outputs.pooler_output}[pooling]
         torch.testing.assert_close(encoder.encode(values[:, None]), expected)
-    with pytest.raises(ValueError, match="has no pooler_output"):
-        extract_features(files / "video.mp4", load_encoder(files / "videomae", pooling="pooler"))
+    with pytest.raises(ValueError, match="no pooler_output; expected"):
+        load_encoder(files / "videomae", pooling="pooler")
+
+
+def test_a_convolutional_encoder_gives_its_channels(files, tmp_path):
+    folder = save_encoder(tmp_path / "convnext", "convnext")
+    encoder = load_encoder(folder)
+    frames = VideoFile(files / "video.mp4").frames_at([0.1, 0.5])
+    with torch.no_grad():
+        expected = AutoModel.from_pretrained(folder).eval()(encoder.prepare(frames)).last_hidden_state.mean(dim=(2, 3))
+    assert encoder.width == expected.shape[1] == 16
+    torch.testing.assert_close(encoder.encode(encoder.prepare(frames)[:, None]), expected)
+    with pytest.raises(ValueError, match="no first token"):
+        load_encoder(folder, pooling="cls")
 
 
 def test_encoders_that_do_not_fit(files, tmp_path):
@@ -164,6 +176,10 @@ def test_encoders_that_do_not_fit(files, tmp_path):
     folder = save_encoder(tmp_path / "encoder")
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match="no settings of a video or image processor"):
+        load_encoder(folder)
+    folder = save_encoder(tmp_path / "odd")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"longest_edge": 36}}))
+    with pytest.raises(ValueError, match=r"size is \{'longest_edge': 36\}"):
         load_encoder(folder)
     folder = save_encoder(tmp_path / "half")
     weights = {key: torch.from_numpy(value) for key, value in load_file(folder / "model.safetensors").items()}
@@ -320,7 +336,7 @@ def test_a_cache_says_what_it_is_and_is_not_taken_for_another(files, videomae, t
         ({"fps": 10}, "fps is 25.0, now 10.0"),
         ({"encoder": load_encoder(files / "videomae", pooling="cls")}, "pooling is mean, now cls"),
         ({"encoder": load_encoder(files / "timesformer")}, "encoder_weights is"),
-        ({"path": files / "uneven.mp4"}, "recording_sum is"),
+        ({"path": files / "uneven.mp4"}, "of video.mp4, not of this uneven.mp4"),
     ]:
         with pytest.raises(ValueError, match=words):
             extract_features(**{"path": files / "video.mp4", "encoder": videomae, "cache": cache, **arguments})
@@ -360,8 +376,16 @@ def test_wrong_calls(files, videomae):
         extract_features(files / "video.mp4")
     with pytest.raises(ValueError, match="leave the encoder out"):
         extract_features(files / "video.mp4", videomae, columns=["x"])
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        extract_features(files / "video.mp4", videomae, batch_size=0)
+    for name, values in {
+        "batch_size": (0, True, "x"),
+        "num_frames": (2.5, -1),
+        "fps": (0.0, -1, float("nan")),
+    }.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"{name} is "):
+                extract_features(files / "video.mp4", videomae, **{name: value})
+    with pytest.raises(ValueError, match=r"tone\.wav: .* cannot encode windows of 10 ticks"):
+        extract_features(files / "tone.wav", load_encoder(files / "wav2vec2"), num_frames=10)
     with pytest.raises(ValueError, match=r"tone\.wav: no video stream"):
         extract_features(files / "tone.wav", videomae)
 
