@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -559,14 +560,17 @@ def setting(tmp_path_factory):
     return folder
 
 
-def run(setting, annotations, output, *arguments):
-    command = [sys.executable, ROOT / "examples" / "train_peft.py", "--checkpoint", setting / "base"]
+def make_command(setting, annotations, output, *arguments) -> list[str]:
+    command = [ROOT / "examples" / "train_peft.py", "--checkpoint", setting / "base"]
     command += ["--dataset", "sensors", "--signals", setting / "signals.npz", "--annotations", setting / annotations]
     command += ["--output_dir", output, "--num_train_epochs", 1, "--use_cpu", "true", *arguments]
+    return list(map(str, command))
+
+
+def run(setting, *arguments):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, cwd=setting, env=environment, check=False
-    )
+    command = [sys.executable, *make_command(setting, *arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=setting, env=environment, check=False)
 
 
 @pytest.mark.slow
@@ -614,13 +618,17 @@ def test_example_starts_heads_for_other_classes(setting, tmp_path):
 
 
 @pytest.mark.slow
-def test_example_names_what_cannot_be(setting, tmp_path):
-    result = run(setting, "same.json", tmp_path, "--method", "ia3", "--convs")
-    assert result.returncode == 2
-    assert "--convs needs" in result.stderr
-    result = run(setting, "same.json", setting / "base")
-    assert result.returncode == 2
-    assert "one of their own" in result.stderr
-    result = run(setting, "same.json", tmp_path, "--targets", "query_conv")
-    assert result.returncode == 2
-    assert "depthwise" in result.stderr
+def test_example_names_what_cannot_be(setting, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(setting)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as Python does for a script
+    for arguments, words in [
+        (("same.json", tmp_path, "--method", "ia3", "--convs"), "--convs needs"),
+        (("same.json", setting / "base"), "one of their own"),
+        (("same.json", tmp_path, "--targets", "query_conv"), "depthwise"),
+    ]:
+        command = make_command(setting, *arguments)
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(command[0], run_name="__main__")
+        assert stopped.value.code == 2
+        assert words in capsys.readouterr().err

@@ -56,7 +56,9 @@ def test_frame_times_are_those_of_ffprobe(videos, name):
     frames = ffprobe(videos[name], "frame=pts_time,best_effort_timestamp_time")["frames"]
     times = VideoFile(videos[name]).frame_times
     assert len(times) == len(frames)
-    if name.endswith(".avi"):  # which has no times of showing: FFmpeg guesses some, a frame later where they are reordered
+    if name.endswith(
+        ".avi"
+    ):  # which has no times of showing: FFmpeg guesses some, a frame later where they are reordered
         guessed = [frame.get("best_effort_timestamp_time", "nan") for frame in frames]
         assert np.nanmax(late := np.array(guessed, dtype=float) - times) <= np.nanmin(late) + 1e-6
         assert np.nanmax(late) <= 0.04 + 1e-6
