@@ -40,7 +40,7 @@ POOLINGS = ("mean", "cls", "pooler")
 LOG_MEL = "log-mel"
 # Frames that are decoded and resized at once: what bounds the memory of full-size frames.
 _FRAMES_AT_ONCE = 16
-# Settings of an image or video processor of transformers where its file leaves them out.
+# Sizes as processors of transformers give them, and their numbers for ways to resize.
 _SIZES = ({"height", "width"}, {"shortest_edge"})
 _RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import save_file
 from test_modeling_convtransformer import make_config, randomize
 from transformers import VideoMAEConfig, VideoMAEImageProcessor, VideoMAEModel, pipeline
+from transformers.utils import logging
 
 from modeling_convtransformer import ConvTransformerFeatureExtractor, ConvTransformerForTemporalActionLocalization
 from modeling_convtransformer.features import VideoEncoder
@@ -421,6 +422,7 @@ def test_wrong_files_are_named_and_the_page_goes_on(open_page, files):
 @pytest.mark.slow
 def test_a_video_plays_from_the_start_of_a_segment_to_its_end(open_page, served, files, monkeypatch):
     _, models = served
+    logging.enable_progress_bar()  # which tests of commands in this process may have turned off
     page = open_page()
     choose(page, "model", "video")
     page.wait_for_selector("#takes:has-text('through encoder')")
