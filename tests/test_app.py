@@ -465,6 +465,7 @@ def test_a_video_plays_from_the_start_of_a_segment_to_its_end(open_page, served,
     # On the timeline likewise. Who moves on by hand, here beyond the end, is not stopped.
     segment = f"document.querySelectorAll('#timeline .list button')[{index}].dataset.index"
     page.evaluate(f"document.querySelector(`#timeline .segment[data-index='${{{segment}}}']`).click()")
+    page.wait_for_function("told.length == 3")  # it plays
     page.evaluate(f"document.querySelector('#player video').currentTime = {row['end'] + 1}")
     page.wait_for_function(f"document.querySelector('#player video').currentTime > {row['end'] + 1.2}")
     now, paused = page.evaluate(
