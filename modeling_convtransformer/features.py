@@ -395,7 +395,7 @@ def extract_features(
             ticks = np.concatenate([ticks[needed], new])
             windows = values[torch.from_numpy(np.searchsorted(ticks, wanted))]
             try:
-                file.append(encoder.encode(windows).cpu().numpy())
+                file.append(encoder.encode(windows).cpu().numpy(), total)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -439,7 +439,8 @@ def _extract_windows(path, fps, feature_stride, num_frames, columns, cache) -> d
             f"{path}: {len(signal)} samples ({len(signal) / fps:.2f} s); expected at least the {num_frames} of one window."
         )
     file.description |= {"fps": repr(float(fps)), "duration": repr(len(signal) / fps)}
-    file.append(window_features(signal, int(num_frames), int(feature_stride)))
+    windows = window_features(signal, int(num_frames), int(feature_stride))
+    file.append(windows, len(windows))
     return file.finish()
 
 
@@ -465,7 +466,8 @@ class _Cache:
     def __init__(self, path: str | os.PathLike | None, known: dict[str, str], save_every: float = 30.0):
         self._path = None if path is None else Path(path)
         self._save_every, self._saved = save_every, time.monotonic()
-        self._rows: list[np.ndarray] = []
+        self._rows = np.zeros((0, 0), dtype=np.float32)
+        self.done = 0
         self.description = dict(known)
         self.whole: np.ndarray | None = None
         if self._path is None:
@@ -486,7 +488,8 @@ class _Cache:
                 sample, found = read_features(self._part)
             except ValueError:
                 return  # cut off with the machine's power
-            self._rows = [] if self._differences(found) else [sample["features"]]
+            if not self._differences(found):
+                self._rows, self.done = sample["features"], len(sample["features"])
 
     def _differences(self, found: dict[str, str]) -> list[str]:
         own = self.description
@@ -501,25 +504,27 @@ class _Cache:
             if found.get(key) != own.get(key)
         ]
 
-    @property
-    def done(self) -> int:
-        return sum(map(len, self._rows))
-
-    def append(self, rows: np.ndarray):
-        self._rows.append(rows)
+    def append(self, rows: np.ndarray, total: int):
+        """The next of `total` rows."""
+        if len(self._rows) < total:
+            # In one array from the start: thousands of small ones would keep the heap from giving memory back.
+            whole = np.zeros((total, rows.shape[1]), dtype=np.float32)
+            if self.done:
+                whole[: self.done] = self._rows[: self.done]
+            self._rows = whole
+        self._rows[self.done : self.done + len(rows)] = rows
+        self.done += len(rows)
         began = time.monotonic()
         if self._path is not None and began - self._saved >= self._save_every:
-            self._rows = [np.concatenate(self._rows)]
             self._write(self._part)
             self._saved = time.monotonic()
             self._save_every = self._save_every and max(self._save_every, 20 * (self._saved - began))
 
     def finish(self) -> dict[str, Any]:
-        self._rows = [np.concatenate(self._rows)]
+        self.whole = self._rows[: self.done]
         if self._path is not None:
             self._write(self._path)
             self._part.unlink(missing_ok=True)
-        self.whole = self._rows[0]
         return self.sample()
 
     def sample(self) -> dict[str, Any]:
@@ -528,7 +533,8 @@ class _Cache:
     def _write(self, path: Path):
         temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
         try:
-            save_file({"features": np.ascontiguousarray(self._rows[0])}, temporary, metadata=self.description)
+            rows = np.ascontiguousarray(self._rows[: self.done])
+            save_file({"features": rows}, temporary, metadata=self.description)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
