@@ -1,7 +1,6 @@
 """examples/analyze.py: the page says what the evaluation says, needs nothing from outside, and refuses bad input."""
 
 import base64
-import importlib.util
 import json
 import re
 import sys
@@ -12,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from scripts import load_script
 
 for package in ("matplotlib", "tqdm"):
     pytest.importorskip(package, reason="the report needs the demo extra")
@@ -31,11 +31,7 @@ VIDEOS = [f"v{index}" for index in range(4)] + ["<script>alert('v')</script>"]
 
 @pytest.fixture(scope="module")
 def script():
-    specification = importlib.util.spec_from_file_location("examples_analyze", ROOT / "examples" / "analyze.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["examples_analyze"] = module  # where dataclasses look up their annotations
-    specification.loader.exec_module(module)
-    return module
+    return load_script("analyze")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import importlib.util
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from scripts import load_script
 from transformers import pipeline
 
 from modeling_convtransformer import (
@@ -32,9 +32,7 @@ WIDTH = CHANNELS * WINDOW
 # Small batches and parts: many of both.
 SIZES = ["--batch_steps", "600", "--part_steps", "800", "--threads", "1"]
 
-spec = importlib.util.spec_from_file_location("batch_inference", SCRIPT)
-batch_inference = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(batch_inference)
+batch_inference = load_script("batch_inference")
 
 
 def save_model(folder: Path, **fields) -> Path:

@@ -20,6 +20,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
+from scripts import load_script
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -66,17 +67,18 @@ def test_demo_trains_evaluates_saves_localizes_and_draws(demo):
 @pytest.mark.slow
 def test_localize_prints_a_table_and_names_bad_input(demo, tmp_path, monkeypatch, capsys):
     folder, _ = demo
-    script, signal = ROOT / "examples" / "localize.py", folder / "person08_left_0.npy"
-    result = run(script, folder / "model", signal, "--threshold", 0.01, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    rows = result.stdout.splitlines()[3:]
+    signal = folder / "person08_left_0.npy"
+    localize = load_script("localize")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["localize.py", str(folder / "model"), str(signal), "--threshold", "0.01"])
+    localize.main()
+    rows = capsys.readouterr().out.splitlines()[3:]
     assert rows
     for row in rows:
         start, end, score = map(float, row.split()[-3:])
         assert 0 <= start < end
         assert 0.01 <= score <= 1
 
-    monkeypatch.chdir(tmp_path)
     broken = np.load(signal, allow_pickle=False)
     broken[1234, 2] = np.nan
     np.save("broken.npy", broken)
@@ -88,7 +90,7 @@ def test_localize_prints_a_table_and_names_bad_input(demo, tmp_path, monkeypatch
     }.items():
         monkeypatch.setattr(sys, "argv", ["localize.py", str(folder / "model"), name])
         with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(script), run_name="__main__")
+            localize.main()
         assert stopped.value.code == 2
         said = capsys.readouterr().err
         assert all(word in said for word in words)
@@ -185,11 +187,7 @@ def write_data(folder, recipe=RECIPE, labels=LABELS):
 @pytest.fixture(scope="module")
 def script():
     pytest.importorskip("accelerate", reason="training needs its extra")
-    specification = importlib.util.spec_from_file_location("examples_train", ROOT / "examples" / "train.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["examples_train"] = module  # where dataclasses look up their annotations
-    specification.loader.exec_module(module)
-    return module
+    return load_script("train")
 
 
 @pytest.fixture
@@ -680,9 +678,7 @@ def test_accelerate_loop_killed_and_started_again_is_the_uninterrupted_one(tmp_p
 @pytest.fixture
 def search(monkeypatch):
     """examples/search.py as a function of its command line, in this process."""
-    spec = importlib.util.spec_from_file_location("examples_search", ROOT / "examples" / "search.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("search")
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["search.py", *map(str, words)])

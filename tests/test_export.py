@@ -1,7 +1,6 @@
 """examples/export.py and examples/run_onnx.py: the same outputs as the model at lengths that were not traced, a deployment
 that runs without torch, and bad input."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripts import load_script
 from test_modeling_convtransformer import PLAIN, make_detector
 
 from modeling_convtransformer import (
@@ -24,14 +24,6 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason='export needs its extra: pip install -e ".[export]"')
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def load_script(name, folder="examples"):
-    # (not by name: both folders have an export.py)
-    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", ROOT / folder / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 export = load_script("export")
@@ -54,12 +46,16 @@ SHAPES = [(1, 1), (3, 17), (3, 200)]
 
 SETTINGS = {
     "window_gqa_rel_pe": {"mha_win_size": 5, "n_kv_head": 2, "use_rel_pe": True},
-    "causal_streams": {"is_causal": True, "n_in": [2, 4]},
-    "causal_window_sinusoids": {"is_causal": True, "mha_win_size": 5, "use_abs_pe": True},
-    "fpn_learned_positions": {"fpn_type": "fpn", "use_learned_pe": True},
-    "conv_backbone": {"backbone_type": "conv", "path_pdrop": 0},
+    "causal_window_sinusoids_streams": {"is_causal": True, "mha_win_size": 5, "use_abs_pe": True, "n_in": [2, 4]},
+    "conv_backbone_fpn_learned_positions": {
+        "backbone_type": "conv",
+        "path_pdrop": 0,
+        "fpn_type": "fpn",
+        "use_learned_pe": True,
+    },
     "v1": {**PLAIN, "mask_conv_inputs": False, "use_abs_pe": True},
-    "global_rel_pe_dynamic_rope": {
+    "causal_rel_pe_dynamic_rope": {
+        "is_causal": True,
         "use_rel_pe": True,
         "rel_pe_max_distance": 7,
         "rope_parameters": {"rope_type": "dynamic", "factor": 4.0},

@@ -1,6 +1,5 @@
 """examples/extract_features.py as a user starts it: a folder of recordings, some of them bad, killed and started again."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 import yaml
 from filelock import FileLock
 from media import save_encoder, write_sound, write_video
+from scripts import load_script
 from transformers import pipeline
 
 from modeling_convtransformer import ConvTransformerFeatureExtractor
@@ -206,9 +206,6 @@ def test_from_videos_to_segments(tmp_path, monkeypatch):
 
 def load_example(name: str, monkeypatch, *arguments):
     """The command, in this process."""
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", ROOT / "examples" / f"{name}.py")
-    example = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, example)  # where dataclasses look up their annotations
-    spec.loader.exec_module(example)
+    example = load_script(name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
     example.main()

@@ -1076,7 +1076,7 @@ def test_positions_stretch_over_what_is_valid(kind, mask_conv_inputs):
 def test_compiled_forward_serves_all_lengths(window):
     """No graph break, and lengths are dynamic: once short and long recordings are compiled, no length is compiled anew."""
     torch._dynamo.reset()
-    model = make_detector(arch=(1, 1, 2), mha_win_size=window)
+    model = make_detector(arch=(1, 1, 1), mha_win_size=window)
     graphs = []
 
     def count(graph, example_inputs):

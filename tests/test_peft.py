@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ peft = pytest.importorskip("peft", reason="adapters need PEFT (the train extra)"
 pytest.importorskip("accelerate", reason="Trainer needs accelerate (the train and demo extras)")
 
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from scripts import load_script
 from torch import nn
 from transformers import TrainingArguments
 
@@ -567,18 +566,26 @@ def make_command(setting, annotations, output, *arguments) -> list[str]:
     return list(map(str, command))
 
 
-def run(setting, *arguments):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, *make_command(setting, *arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=setting, env=environment, check=False)
+@pytest.fixture
+def adapt(setting, monkeypatch):
+    """examples/train_peft.py as a function of its command line, in this process."""
+    monkeypatch.chdir(setting)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as Python does for a script
+    script = load_script("train_peft")
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", make_command(setting, *arguments))
+        script.main()
+
+    return call
 
 
 @pytest.mark.slow
-def test_example_adapts_saves_and_merges(setting, tmp_path):
-    result = run(setting, "same.json", tmp_path, "--method", "dora", "--convs", "--merge", "--ema_decay", 0.9)
-    assert result.returncode == 0, result.stderr
-    assert "trainable parameters" in result.stdout
-    assert "% before" in result.stdout
+def test_example_adapts_saves_and_merges(setting, adapt, tmp_path, capsys):
+    adapt("same.json", tmp_path, "--method", "dora", "--convs", "--merge", "--ema_decay", 0.9)
+    printed = capsys.readouterr().out
+    assert "trainable parameters" in printed
+    assert "% before" in printed
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert 0 < metrics["share"] < 1
     assert {"before", "after", "trainable"} <= metrics.keys()
@@ -594,19 +601,14 @@ def test_example_adapts_saves_and_merges(setting, tmp_path):
     ConvTransformerFeatureExtractor.from_pretrained(tmp_path / "merged")
     features = torch.randn(2, 21, 60)
     close(outputs_of(merged, input_features=features), outputs_of(loaded, input_features=features), MERGED)
-    result = run(setting, "same.json", tmp_path, "--method", "dora", "--convs", "--num_train_epochs", 2)
-    assert result.returncode == 0, result.stderr
-    assert "going on from" in result.stdout
+    adapt("same.json", tmp_path, "--method", "dora", "--convs", "--num_train_epochs", 2)
+    assert "going on from" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_example_starts_heads_for_other_classes(setting, tmp_path):
-    result = run(setting, "other.json", tmp_path / "refused")
-    assert result.returncode == 2
-    assert "does not know the classes jump" in result.stderr
-    result = run(setting, "other.json", tmp_path, "--train_heads", "--merge")
-    assert result.returncode == 0, result.stderr
-    assert f"the base is {tmp_path.resolve() / 'base'}" in result.stdout
+def test_example_starts_heads_for_other_classes(adapt, tmp_path, capsys):
+    adapt("other.json", tmp_path, "--train_heads", "--merge")
+    assert f"the base is {tmp_path.resolve() / 'base'}" in capsys.readouterr().out
     config = LoraConfig.from_pretrained(tmp_path)
     assert Path(config.base_model_name_or_path) == tmp_path.resolve() / "base"
     base = ConvTransformerForTemporalActionLocalization.from_pretrained(tmp_path / "base")
@@ -618,17 +620,14 @@ def test_example_starts_heads_for_other_classes(setting, tmp_path):
 
 
 @pytest.mark.slow
-def test_example_names_what_cannot_be(setting, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(setting)
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as Python does for a script
+def test_example_names_what_cannot_be(setting, adapt, tmp_path, capsys):
     for arguments, words in [
+        (("other.json", tmp_path), "does not know the classes jump"),
         (("same.json", tmp_path, "--method", "ia3", "--convs"), "--convs needs"),
         (("same.json", setting / "base"), "one of their own"),
         (("same.json", tmp_path, "--targets", "query_conv"), "depthwise"),
     ]:
-        command = make_command(setting, *arguments)
-        monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(command[0], run_name="__main__")
+            adapt(*arguments)
         assert stopped.value.code == 2
         assert words in capsys.readouterr().err

@@ -2,13 +2,12 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import load_script
 
 from modeling_convtransformer.data import SBHAR_FPS, SBHAR_LABELS
 
@@ -41,18 +40,25 @@ def sbhar(tmp_path):
     return folder
 
 
-def run(script, *arguments, cwd):
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """`run("ablation", "--seeds", 1)`: what the benchmark prints, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))  # as Python does for a script
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))  # for the runs that they start
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        load_script(name, "benchmarks").main()
+        return capsys.readouterr().out
+
+    return call
 
 
 @pytest.mark.slow
-def test_sbhar_trains_both_variants_once(sbhar, tmp_path):
-    arguments = ["sbhar.py", sbhar, "--seeds", 1, "--json", "a.json", "--num_train_epochs", 1]
-    first = run(*arguments, cwd=tmp_path)
+def test_sbhar_trains_both_variants_once(sbhar, run, tmp_path):
+    arguments = ["sbhar", sbhar, "--seeds", 1, "--json", "a.json", "--num_train_epochs", 1]
+    first = run(*arguments)
     rows = json.loads((tmp_path / "a.json").read_text())
     assert [row["variant"] for row in rows] == ["v2", "v1 settings"]
     for row in rows:
@@ -63,20 +69,18 @@ def test_sbhar_trains_both_variants_once(sbhar, tmp_path):
         assert row["average"] == 100 * metrics["average"]["map"]
     assert "| v2 | " in first
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/**/*.safetensors")}
-    run(*arguments, cwd=tmp_path)
+    run(*arguments)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/**/*.safetensors")}
     # What another command left is not taken for this one's.
-    other = [sys.executable, str(BENCHMARKS / "sbhar.py"), str(sbhar), "--seeds", "1", "--num_train_epochs", "2"]
-    refused = subprocess.run(other, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert refused.returncode == 1
-    assert "v2_0 holds the run of another command" in refused.stderr
+    with pytest.raises(SystemExit, match="v2_0 holds the run of another command"):
+        run("sbhar", sbhar, "--seeds", 1, "--num_train_epochs", 2)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="adapters need peft")
-def test_adapters_learn_few_parameters(sbhar, tmp_path):
+def test_adapters_learn_few_parameters(sbhar, run, tmp_path):
     arguments = ["--seeds", 1, "--base-epochs", 1, "--epochs", 1, "--methods", "LoRA, convolutions too", "--turn", 45]
-    run("adapters.py", sbhar, *arguments, "--json", "a.json", cwd=tmp_path)
+    run("adapters", sbhar, *arguments, "--json", "a.json")
     (row,) = json.loads((tmp_path / "a.json").read_text())
     assert row["method"] == "LoRA, convolutions too"
     assert 0.005 < row["share"] < 0.03
@@ -88,15 +92,15 @@ def test_adapters_learn_few_parameters(sbhar, tmp_path):
 
 
 @pytest.mark.slow
-def test_ablation_trains_each_row_once_and_evaluates_at_every_length(sbhar, tmp_path):
-    arguments = ["ablation.py", sbhar, "--tasks", "sbhar", "--rows", "RoPE", "relative", "--seeds", 1, "--epochs", 1]
+def test_ablation_trains_each_row_once_and_evaluates_at_every_length(sbhar, run, tmp_path):
+    arguments = ["ablation", sbhar, "--tasks", "sbhar", "--rows", "RoPE", "relative", "--seeds", 1, "--epochs", 1]
     arguments += ["--length", 16, "--no-times", "--json", "a.json"]
-    first = run(*arguments, cwd=tmp_path)
+    first = run(*arguments)
     written = json.loads((tmp_path / "a.json").read_text())
     lengths = [set(maps) for row in written["rows"] for maps in row["maps"].values()]
     assert lengths == [{"1", "2", "4"}, {"2", "4"}, {"2", "4"}, {"2", "4"}, {"1", "2", "4"}]
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs" / "ablation").iterdir()}
     assert len(files) == 2
-    again = run(*arguments, cwd=tmp_path)
+    again = run(*arguments)
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert again[again.index("sbhar, positions") :] == first[first.index("sbhar, positions") :]
