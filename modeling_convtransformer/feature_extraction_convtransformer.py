@@ -1003,7 +1003,8 @@ def stored_encoder(values) -> dict[str, str] | None:
     """The encoder that made a .safetensors file of features, as in the feature extractor's `encoder`, if its metadata says."""
     stored = _metadata(values)
     names = {"encoder": "name", "encoder_revision": "revision", "pooling": "pooling", "dtype": "dtype"}
-    settings = {ours: stored[theirs] for theirs, ours in names.items() if theirs in stored}
+    # A folder has no revision.
+    settings = {ours: stored[theirs] for theirs, ours in names.items() if stored.get(theirs)}
     return settings if "name" in settings else None
 
 
@@ -1028,6 +1029,8 @@ def check_encoder(encoder) -> dict[str, str] | None:
     if encoder is None:
         return None
     settings = {"name": encoder} if isinstance(encoder, str | os.PathLike) else encoder
+    if isinstance(settings, Mapping):
+        settings = {key: value for key, value in settings.items() if value is not None}
     texts = isinstance(settings, Mapping) and all(isinstance(value, str | os.PathLike) for value in settings.values())
     if not texts or "name" not in settings or set(settings) - set(_ENCODER):
         raise ValueError(

@@ -30,7 +30,7 @@ from transformers.audio_utils import mel_filter_bank
 from transformers.utils import cached_file, logging
 
 from .feature_extraction_convtransformer import window_features
-from .recordings import SIGNAL_SUFFIXES, AudioFile, VideoFile, check_rate, read_signal
+from .recordings import SIGNAL_SUFFIXES, AudioFile, VideoFile, check_file, check_rate, read_signal
 
 logger = logging.get_logger(__name__)
 
@@ -129,9 +129,13 @@ class _Encoder:
 
     def describe(self) -> dict[str, str]:
         """What features depend on, beside the recording and its windows."""
-        described = {"encoder": self.name, "encoder_revision": self.revision, "encoder_weights": self.fingerprint}
-        described |= {"pooling": self.pooling, "dtype": str(self.model.dtype).removeprefix("torch.")}
-        return {key: value for key, value in described.items() if value}
+        return {
+            "encoder": self.name,
+            "encoder_revision": self.revision or "",
+            "encoder_weights": self.fingerprint,
+            "pooling": self.pooling,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
 
     def _pool(self, outputs) -> torch.Tensor:
         """(windows, channels) of a model's outputs."""
@@ -354,8 +358,7 @@ def extract_features(
         is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
         if value is not None and not (is_number and value >= 1 and value == int(value)):
             raise ValueError(f"{name} is {value!r}; expected a whole number, 1 or more.")
-    if "://" not in os.fspath(path) and not os.path.isfile(path):
-        raise ValueError(f"{path}: {'a folder; expected a file' if os.path.isdir(path) else 'there is no such file'}.")
+    check_file(path)
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     if encoder is None:
         if suffix not in SIGNAL_SUFFIXES:
@@ -371,7 +374,7 @@ def extract_features(
     batch_size = int(batch_size or encoder.batch_size)
     known = {**_describe(path, fps, feature_stride, num_frames), **encoder.describe()}
     file = _Cache(cache, known, save_every)
-    if file.whole is not None:
+    if file.is_whole:
         return file.sample()
     recording = encoder.open(path, fps)
     file.description |= {"fps": repr(float(recording.fps)), "duration": repr(recording.duration)}
@@ -431,7 +434,7 @@ def _extract_windows(path, fps, feature_stride, num_frames, columns, cache) -> d
     known = _describe(path, fps, int(feature_stride), int(num_frames))
     known |= {"columns": json.dumps(list(columns))} if columns else {}
     file = _Cache(cache, known)
-    if file.whole is not None:
+    if file.is_whole:
         return file.sample()
     signal, fps = read_signal(path, fps, columns)
     if len(signal) < num_frames:
@@ -468,8 +471,8 @@ class _Cache:
         self._save_every, self._saved = save_every, time.monotonic()
         self._rows = np.zeros((0, 0), dtype=np.float32)
         self.done = 0
+        self.is_whole = False
         self.description = dict(known)
-        self.whole: np.ndarray | None = None
         if self._path is None:
             return
         if self._path.suffix != ".safetensors":
@@ -482,7 +485,8 @@ class _Cache:
                 raise ValueError(
                     f"{self._path}: was made in another way ({'; '.join(different)}). Give another name, or remove it."
                 )
-            self.whole, self.description = sample["features"], found
+            self._rows, self.done, self.is_whole = sample["features"], len(sample["features"]), True
+            self.description = found
         elif self._part.exists():
             try:
                 sample, found = read_features(self._part)
@@ -521,14 +525,13 @@ class _Cache:
             self._save_every = self._save_every and max(self._save_every, 20 * (self._saved - began))
 
     def finish(self) -> dict[str, Any]:
-        self.whole = self._rows[: self.done]
         if self._path is not None:
             self._write(self._path)
             self._part.unlink(missing_ok=True)
         return self.sample()
 
     def sample(self) -> dict[str, Any]:
-        return _as_sample(self.whole, self.description)
+        return _as_sample(self._rows[: self.done], self.description)
 
     def _write(self, path: Path):
         temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")

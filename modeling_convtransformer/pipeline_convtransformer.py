@@ -84,32 +84,34 @@ class ConvTransformerPipeline(ChunkPipeline):
         """What the feature extractor loads: the recording itself, or what is in it if it is a file of another kind."""
         kind, path, beside = "features", recording, {}
         if isinstance(recording, Mapping):
-            if "signal" not in recording:
-                return recording
-            kind, path = "signal", recording["signal"]
-            beside = {key: value for key, value in recording.items() if key != "signal"}
+            kind = "signal" if "signal" in recording else "features"
+            path = recording.get(kind)
+            beside = {key: value for key, value in recording.items() if key != kind}
         if not isinstance(path, str | os.PathLike) or Path(path).suffix.lower() in ARRAY_SUFFIXES:
             return recording
-        wanted = {key: getattr(self.feature_extractor, key) for key in _GEOMETRY[:3]} | {**geometry, **beside}
         if Path(path).suffix.lower() in _TABLES:
+            wanted = {"fps": self.feature_extractor.fps, **geometry, **beside}
             signal, fps = _import("recordings").read_signal(path, wanted["fps"], columns)
             return {"signal": signal, **beside, "fps": fps}
         if kind == "signal":
             raise ValueError(
                 f"{path}: no file of sensor values; expected one of {', '.join((*ARRAY_SUFFIXES, *_TABLES))}."
             )
+        # Before hours of video are encoded: is what was asked for a geometry?
+        _, _, wanted = self.feature_extractor._split({"features": path, **beside}, geometry, str(path))
         encoder = self._load_encoder(encoder, path)
         if encoder.width not in (None, self.feature_extractor.feature_size):
             raise ValueError(
                 f"{path}: {encoder.name} gives features of width {encoder.width}, but the model takes "
                 f"{self.feature_extractor.feature_size}. Choose the encoder whose features the model was trained on."
             )
-        return _import("features").extract_features(
+        sample = _import("features").extract_features(
             path,
             encoder,
             **{key: wanted[key] for key in _GEOMETRY[:3]},
             progress=logging.is_progress_bar_enabled(),
         )
+        return {**sample, **beside}
 
     def _load_encoder(self, encoder, path):
         """The encoder that is given, or else named in preprocessor_config.json; the last one is kept."""
@@ -203,7 +205,7 @@ class TemporalActionLocalizationPipeline(ConvTransformerPipeline):
         Args:
             inputs: one recording, or a list, dataset or generator of recordings. A recording is an array (time, channels) of
                 features, the path of a .npy, .npz or .safetensors file of one, of a video or sound (with an `encoder`), or of a
-                .csv or .parquet table of sensor values (for models of raw windows), or a dict: `features` (array or path) or
+                .csv or .parquet table of sensor values (for models of raw windows), or a dict: `features` (one of all these) or
                 `signal` (array or path of raw sensor values (samples, channels)), and any of `fps`, `feature_stride`,
                 `num_frames`, `duration` (seconds) where they differ from the feature extractor's.
             encoder (`str` or `dict`, *optional*): what makes features of a video or of sound, a model of transformers; default:

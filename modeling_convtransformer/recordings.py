@@ -50,6 +50,20 @@ SIGNAL_SUFFIXES = (*TABLE_SUFFIXES, ".npy", ".npz")
 # Containers whose header says how long the recording is, so that a file that ends before can be told.
 _WITH_DURATION = {"mov", "mp4", "matroska", "webm", "avi", "flv", "wav"}
 _SAME_TIME = 1e-6  # seconds; far below a frame, far above what float64 loses
+_CLOCK_STEP = 0.5  # seconds; times of decoding rise, but for the jitter of damaged files
+
+
+def check_file(path: str | os.PathLike):
+    """
+    Raises:
+        ValueError: it is neither a file with something in it nor an address (https://...).
+    """
+    if "://" in os.fspath(path):
+        return
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: {'a folder; expected a file' if os.path.isdir(path) else 'there is no such file'}.")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{path}: the file is empty (0 bytes).")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,14 +89,7 @@ class _MediaFile:
             self._times, self._key_times, self.duration = self._scan(container)
 
     def _open(self):
-        if "://" not in self.path:
-            if not Path(self.path).is_file():
-                is_folder = Path(self.path).is_dir()
-                raise ValueError(
-                    f"{self.path}: {'a folder; expected a file' if is_folder else 'there is no such file'}."
-                )
-            if Path(self.path).stat().st_size == 0:
-                raise ValueError(f"{self.path}: the file is empty (0 bytes).")
+        check_file(self.path)
         try:
             return self._av.open(self.path)
         except (self._av.error.FFmpegError, OSError) as error:
@@ -110,7 +117,7 @@ class _MediaFile:
         Reads all packets and decodes none: the seconds at which each packet of the stream is shown (sorted), those of its
         key frames, and seconds from the file's start to the stream's end.
         """
-        shown, keys, ends, is_timed = [], [], [], True
+        shown, keys, ends, is_timed, decoded = [], [], [], True, -math.inf
         try:
             for packet in container.demux():
                 if packet.size == 0:  # how PyAV ends a stream
@@ -120,6 +127,13 @@ class _MediaFile:
                     continue
                 time, length = (value * float(packet.time_base) for value in (packet.pts, packet.duration or 0))
                 ends.append(time + length)
+                if packet.stream_index == self.stream_index and packet.dts is not None:
+                    before, decoded = decoded, packet.dts * float(packet.time_base)
+                    if decoded < before - _CLOCK_STEP:
+                        raise ValueError(
+                            f"{self.path}: its clock jumps back from {before:.2f} s to {decoded:.2f} s, as where recordings were put "
+                            "one behind the other. Let FFmpeg write one clock: ffmpeg -i INPUT -c copy OUTPUT.mp4."
+                        )
                 # Edit lists hide packets that are there only to decode others.
                 if packet.stream_index == self.stream_index and not packet.is_discard:
                     shown.append((time, length))
@@ -342,16 +356,16 @@ class AudioFile(_MediaFile):
         """
         if start < self._position:
             self._restart()
-        while self._position + len(self._buffer) < stop:
+        pieces, begin, end = [self._buffer], self._position, self._position + len(self._buffer)
+        while end < stop:
             samples = next(self._samples, None)
             if samples is None:
-                self._buffer = np.pad(self._buffer, (0, stop - self._position - len(self._buffer)))
-                break
-            self._buffer = np.concatenate([self._buffer, samples])
-            skipped = min(max(start - self._position, 0), len(self._buffer))
-            self._position, self._buffer = self._position + skipped, self._buffer[skipped:]
-        skipped = start - self._position
-        self._position, self._buffer = start, self._buffer[skipped:]
+                samples = np.zeros(stop - end, dtype=np.float32)
+            if end <= start:  # nothing of what came before is wanted
+                pieces, begin = [], end
+            pieces.append(samples)
+            end += len(samples)
+        self._position, self._buffer = start, np.concatenate(pieces)[start - begin :]
         return torch.from_numpy(self._buffer[: stop - start].copy())
 
     def _restart(self):
@@ -419,9 +433,8 @@ def read_signal(
             file and the line.
         ImportError: pyarrow is not installed (CSV and Parquet).
     """
+    check_file(path)
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file.")
     if path.suffix.lower() not in SIGNAL_SUFFIXES:
         raise ValueError(f"{path}: not a sensor file; expected one of {', '.join(SIGNAL_SUFFIXES)}.")
     check_rate(fps)
@@ -607,10 +620,8 @@ def _to_seconds(column, name: str, fps: float | None, path: Path, first_line: in
         )
     times = _to_numbers(column, name, [name], path, first_line)
     _check_finite(times[:, None], [f"column {name!r}"], path, first_line)
-    first, times = (
-        times[0],
-        times - times[0],
-    )  # in whole numbers: nanoseconds since 1970 are too many digits for a float
+    # The difference in whole numbers: nanoseconds since 1970 have too many digits for a float.
+    first, times = times[0], times - times[0]
     unit = next((_UNITS[word] for word in reversed(_words(name)) if word in _UNITS), None)
     if unit is None:
         unit = next((unit for least, unit in _EPOCHS if first >= least), None)

@@ -331,6 +331,7 @@ def test_a_cache_says_what_it_is_and_is_not_taken_for_another(files, videomae, t
     assert (description["pooling"], description["dtype"], description["recording"]) == ("mean", "float32", "video.mp4")
     assert stored_geometry(cache) == {"fps": 25, "feature_stride": 2, "num_frames": 4, "duration": 2.4}
     assert stored_encoder(cache) == {"name": str(files / "videomae"), "pooling": "mean", "dtype": "float32"}
+    assert description["encoder_revision"] == ""  # of a folder
     for arguments, words in [
         ({"feature_stride": 3}, "feature_stride is 2, now 3"),
         ({"fps": 10}, "fps is 25.0, now 10.0"),

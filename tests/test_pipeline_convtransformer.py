@@ -585,8 +585,13 @@ def test_a_video_is_localized_in_one_call(media_files, tmp_path):
     assert saved.feature_extractor.encoder == {"name": name}
     assert_same_segments(saved(str(video)), expected)
     assert_same_segments(make_video_pipeline(encoder=name)(video), expected)
-    assert_same_segments(make_video_pipeline()(str(video), encoder={"name": name, "pooling": "mean"}), expected)
+    assert_same_segments(
+        make_video_pipeline()(str(video), encoder={"name": name, "pooling": "mean", "revision": None}), expected
+    )
     assert_same_segments(make_video_pipeline()(video, encoder=load_encoder(name)), expected)
+    slower = {"fps": 6.25, "feature_stride": 1, "num_frames": 6}
+    expected_slower = make_video_pipeline()(extract_features(video, load_encoder(name), **slower, progress=False))
+    assert_same_segments(saved({"features": video, **slower}), expected_slower)
     for found in saved([str(video), sample["features"]], batch_size=2):
         assert len(found) == len(expected)
     opened = saved.open(video)
@@ -639,6 +644,10 @@ def test_recordings_that_cannot_be_read_say_why(media_files, tmp_path):
         narrow(media_files / "match.mp4", encoder=str(media_files / "videomae"))
     with pytest.raises(ValueError, match=r"nothing\.mp4: there is no such file"):
         localize("nothing.mp4", encoder=str(media_files / "videomae"))
+    with pytest.raises(ValueError, match=r"match\.mp4: fps is 5 beside its features, but 10 in `geometry`"):
+        localize({"features": media_files / "match.mp4", "fps": 5}, encoder="not even loaded", fps=10)
+    with pytest.raises(ValueError, match=r"match\.mp4: a sample with the keys features, rate"):
+        localize({"features": media_files / "match.mp4", "rate": 5}, encoder="not even loaded")
     with pytest.raises(ValueError, match=r"match\.mp4: no file of sensor values; expected one of \.npy"):
         localize({"signal": media_files / "match.mp4"})
     for encoder in ({"revision": "main"}, {"name": "a", "size": 3}, 5):

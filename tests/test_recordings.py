@@ -56,9 +56,8 @@ def test_frame_times_are_those_of_ffprobe(videos, name):
     frames = ffprobe(videos[name], "frame=pts_time,best_effort_timestamp_time")["frames"]
     times = VideoFile(videos[name]).frame_times
     assert len(times) == len(frames)
-    if name.endswith(
-        ".avi"
-    ):  # which has no times of showing: FFmpeg guesses some, a frame later where they are reordered
+    # AVI has no times of showing: FFmpeg guesses some, a frame later where they are reordered.
+    if name.endswith(".avi"):
         guessed = [frame.get("best_effort_timestamp_time", "nan") for frame in frames]
         assert np.nanmax(late := np.array(guessed, dtype=float) - times) <= np.nanmin(late) + 1e-6
         assert np.nanmax(late) <= 0.04 + 1e-6
@@ -147,6 +146,7 @@ def test_bad_files_are_named(videos, tmp_path):
     end = broken.index(b"moov") - 4 if broken.index(b"moov") > start else len(broken)
     broken[start:end] = bytes(end - start)
     (tmp_path / "zeros.mp4").write_bytes(broken)
+    (tmp_path / "joined.ts").write_bytes(2 * videos["h264.ts"].read_bytes())
     bad = {
         tmp_path / "missing.mp4": "there is no such file",
         tmp_path: "a folder",
@@ -155,6 +155,7 @@ def test_bad_files_are_named(videos, tmp_path):
         tmp_path / "codec.mp4": "codec",
         tmp_path / "frameless.mp4": "frames",
         tmp_path / "zeros.mp4": "can be decoded",
+        tmp_path / "joined.ts": r"its clock jumps back from \d\.\d\d s to 0\.00 s",
         write_sound(tmp_path / "sound.wav"): "no video stream; the streams it has: audio",
         cut(videos["h264_25.mp4"], tmp_path / "cut.mp4", 0.5): "truncated",
         cut(long, tmp_path / "cut.mkv", 0.5): "truncated: its header says 8.0 s",
@@ -363,7 +364,7 @@ def test_bad_signals_are_named(tmp_path):
         (write("rate.csv", [line.split(",", 1)[1] for line in good], header="x,y"), "sampling rate is missing"),
         (write("counts.csv", [f"{i},1,2" for i in range(9)]), "the unit of column 'time' is unclear"),
         (tmp_path / "latin.csv", "Save it as UTF-8"),
-        (tmp_path / "empty.csv", "the file has no rows (0 bytes)"),
+        (tmp_path / "empty.csv", "the file is empty (0 bytes)"),
         (tmp_path / "absent.csv", "there is no such file"),
         (write("table.xlsx", good), "not a sensor file"),
         (tmp_path / "objects.npy", "refused"),
