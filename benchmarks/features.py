@@ -78,7 +78,8 @@ def save_small_encoder(folder: Path):
     (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def extract(path: str, encoder: str, stride: int, device: str) -> dict:
+def extract(path: str, encoder: str, stride: int, device: str, threads: int) -> dict:
+    torch.set_num_threads(threads)
     logging.disable_progress_bar()
     loaded = load_encoder(encoder, device=device)
     start = time.perf_counter()
@@ -92,16 +93,21 @@ def extract(path: str, encoder: str, stride: int, device: str) -> dict:
     }
 
 
-def decode(path: str, decoder: str, frames: int) -> float:
+def decode(path: str, decoder: str) -> float:
     """Frames per second of decoding and conversion to bytes of red, green and blue."""
     video = VideoFile(path, decoder)
+    frames = min(750, len(video.frame_times))
     start = time.perf_counter()
     for first in range(0, frames, 16):
-        video.frames_at((np.arange(first, first + 16) + 0.5) / video.fps)
+        video.frames_at((np.arange(first, min(first + 16, frames)) + 0.5) / video.fps)
     return frames / (time.perf_counter() - start)
 
 
 def run(args: argparse.Namespace):
+    if min(args.minutes) <= 0 or args.stride < 1:
+        raise BenchmarkError("--minutes are above 0, --stride is at least 1.")
+    if args.width < 32 or args.width % 32:
+        raise BenchmarkError(f"--width is {args.width}; expected a multiple of 32, so that the height is even.")
     machine = harness.describe_machine(args.device)
     print(harness.machine_line(machine), flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -114,18 +120,26 @@ def run(args: argparse.Namespace):
             path = folder / f"{minutes:g}.mp4"
             write_video(path, minutes, args.width, args.width * 9 // 16)
             row = {"minutes": minutes, "megabytes": os.path.getsize(path) / 2**20}
-            rows.append(row | harness.in_child(extract, str(path), encoder, args.stride, args.device))
+            measure = (extract, str(path), encoder, args.stride, args.device, torch.get_num_threads())
+            try:
+                rows.append(row | harness.in_child(*measure))
+            except RuntimeError as error:
+                raise BenchmarkError(f"{minutes:g} minutes: {error}") from None
         print(f"Features of {args.width} x {args.width * 9 // 16} at 25 fps, one each {args.stride} frames\n")
         harness.print_table(rows, COLUMNS)
-        rates = {}
+        rates, missing = {}, {}
         for decoder in ("torchcodec", "pyav") * args.repeats:
+            if decoder in missing:
+                continue
             try:
-                rates.setdefault(decoder, []).append(decode(str(path), decoder, 750))
+                rate = decode(str(path), decoder)
             except (ImportError, OSError, RuntimeError) as error:
-                print(f"\n{decoder}: {harness.NOT_AVAILABLE} ({harness.first_sentence(error)})")
-                break
+                missing[decoder] = f"{harness.NOT_AVAILABLE} ({harness.first_sentence(error)})"
+            else:
+                rates.setdefault(decoder, []).append(rate)
         medians = {decoder: float(np.median(own)) for decoder, own in rates.items()}
-        print("\nDecoded: " + ", ".join(f"{decoder} {rate:.0f} frames/s" for decoder, rate in medians.items()))
+        said = {decoder: f"{rate:.0f} frames/s" for decoder, rate in medians.items()} | missing
+        print("\nDecoded: " + ", ".join(f"{decoder} {words}" for decoder, words in said.items()))
     harness.write_json(args.json, machine, args, rows, decoded=medians)
     if max(row["peak_mb"] for row in rows) > 2048:
         raise BenchmarkError("more than 2 GB of memory were used.")

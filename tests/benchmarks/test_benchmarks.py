@@ -34,7 +34,7 @@ import training_step
 
 COMMANDS = {
     name: importlib.import_module(name).main
-    for name in ("latency", "training_step", "scaling", "nms", "map", "queries", "retrieval")
+    for name in ("latency", "training_step", "scaling", "nms", "map", "queries", "retrieval", "features")
 }
 
 V1 = os.environ.get("ACTIONFORMER")
@@ -85,11 +85,10 @@ def test_latency_compares_every_variant_with_eager(model, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_latency_measures_memory_in_fresh_processes_and_limits(tmp_path):
-    arguments = [*TINY[:-1], "--variants", "balanced", "--length", 600, "--batch", 1, "--backends", "sdpa", "eager"]
-    result = run("latency.py", *arguments, "--dtype", "float32", "--json", "a.json", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "float32 matrix products" in result.stdout
+def test_latency_measures_memory_in_fresh_processes_and_limits(tmp_path, capsys):
+    arguments = ["--variants", "balanced", "--length", "600", "--batch", "1", "--backends", "sdpa", "eager"]
+    latency.main([*TINY[:-1], *arguments, "--dtype", "float32", "--json", str(tmp_path / "a.json")])
+    assert "float32 matrix products" in capsys.readouterr().out
     sdpa, eager = read(tmp_path / "a.json")
     assert sdpa["matmul_share"] > 0
     if Path("/proc/self/clear_refs").exists():
@@ -151,13 +150,12 @@ def test_search_does_not_go_beyond_the_longest_that_is_asked_for():
 
 
 @pytest.mark.slow
-def test_longest_input(tmp_path):
-    arguments = [*TINY[:-1], "--variants", "balanced", "--windows", 0, 19, "--start", 256, "--max-length", 512]
-    result = run("longest_input.py", *arguments, "--json", "a.json", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_longest_input(tmp_path, capsys):
+    arguments = ["--variants", "balanced", "--windows", "0", "19", "--start", "512", "--max-length", "512"]
+    longest_input.main([*TINY[:-1], *arguments, "--json", str(tmp_path / "a.json")])
     rows = read(tmp_path / "a.json")
     assert [row["window"] for row in rows] == ["global", "19"]
-    assert [row["longest"] for row in rows_of(result.stdout)] == [">= 512", ">= 512"]
+    assert [row["longest"] for row in rows_of(capsys.readouterr().out)] == [">= 512", ">= 512"]
     assert all(row["length"] == 512 and row["is_bound"] for row in rows)
     assert all(100 < row["total_mb"] < 4096 for row in rows)
 
@@ -202,10 +200,9 @@ def test_latency_starts_again_under_another_allocator(tmp_path):
 @pytest.mark.slow
 def test_latency_compiles_and_draws(tmp_path):
     pytest.importorskip("matplotlib", reason="comes with the demo's extra")
-    arguments = [*TINY, "--set", "arch=[1,1,1]", "--variants", "v1_compatible", "--length", 16, "--no-memory"]
-    files = ["--json", "a.json", "--plot", "a.png"]
-    result = run("latency.py", *arguments, "--compile", "off", "default", *files, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    arguments = ["--set", "arch=[1,1,1]", "--variants", "v1_compatible", "--length", "16", "--no-memory"]
+    files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    latency.main([*TINY, *arguments, "--compile", "off", "default", *files])
     off, compiled = read(tmp_path / "a.json")
     assert "compile_s" not in off
     assert compiled["compile_s"] > 0
@@ -229,9 +226,9 @@ def test_training_step_compares_loss_and_gradient(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_scaling_measures_each_length_by_itself(tmp_path):
-    arguments = [*TINY, "--lengths", 64, 640, "--windows", 0, 9, "--global-max-length", 100, "--check-length", 320]
-    result = run("scaling.py", *arguments, "--set", "arch=[2,2,2]", "--json", "a.json", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    arguments = ["--lengths", "64", "640", "--windows", "0", "9", "--global-max-length", "100"]
+    arguments += ["--check-length", "320", "--set", "arch=[2,2,2]"]
+    COMMANDS["scaling"]([*TINY, *arguments, "--json", str(tmp_path / "a.json")])
     rows = read(tmp_path / "a.json")
     assert [(row["window"], row["length"]) for row in rows] == [("global", 64), (9, 64), (9, 640)]
     for row in rows:
@@ -295,6 +292,32 @@ def test_map_runs(tmp_path, capsys):
     (row,) = read(tmp_path / "a.json")
     assert row["predictions"] == 100
     assert 0 < row["average_map"] < 1
+
+
+def test_features_of_a_video_are_timed(tmp_path, capsys):
+    pytest.importorskip("av", reason='needs PyAV: pip install -e ".[video]"')
+    arguments = ["--minutes", "0.05", "--width", "160", "--threads", "1", "--repeats", "1"]
+    COMMANDS["features"]([*arguments, "--json", str(tmp_path / "a.json")])
+    (row,) = read(tmp_path / "a.json")
+    assert row["features"] == 4  # windows of 16 of 75 frames
+    assert row["peak_mb"] > 100
+    printed = capsys.readouterr().out
+    assert len(rows_of(printed)) == 1
+    assert "pyav" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "1", "0"], "--minutes are above 0"),
+        (["--width", "90"], "--width is 90; expected a multiple of 32"),
+    ],
+)
+def test_features_that_cannot_be_timed(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        COMMANDS["features"](arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
