@@ -327,7 +327,8 @@ const point = () => {
 const follow = () => {
   const shown = video();
   if (!shown) return;
-  if (playing && shown.currentTime >= playing.end) { playing = null; shown.pause(); }
+  // (while it seeks, someone may be moving on by hand: "seeking" below says)
+  if (playing && !shown.seeking && shown.currentTime >= playing.end) { playing = null; shown.pause(); }
   point();
   cancelAnimationFrame(frame);
   if (!shown.paused) frame = requestAnimationFrame(follow);

@@ -1,6 +1,5 @@
 """The page of examples/app.py in a browser, as users meet it: files dropped, sliders moved, segments played, saved."""
 
-import importlib.util
 import os
 import shutil
 import socket
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from scripts import load_script
 from test_modeling_convtransformer import make_config, randomize
 from transformers import VideoMAEConfig, VideoMAEImageProcessor, VideoMAEModel, pipeline
 from transformers.utils import logging
@@ -58,10 +58,7 @@ def make_detector(folder: Path, seed: int, labels: dict[int, str], encoder: str 
 
 @pytest.fixture(scope="module")
 def app():
-    specification = importlib.util.spec_from_file_location("app", ROOT / "examples" / "app.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("app")
 
 
 @pytest.fixture(scope="module")
@@ -464,9 +461,14 @@ def test_a_video_plays_from_the_start_of_a_segment_to_its_end(open_page, served,
 
     # On the timeline likewise. Who moves on by hand, here beyond the end, is not stopped.
     segment = f"document.querySelectorAll('#timeline .list button')[{index}].dataset.index"
-    page.evaluate(f"document.querySelector(`#timeline .segment[data-index='${{{segment}}}']`).click()")
-    page.wait_for_function("told.length == 3")  # it plays
-    page.evaluate(f"document.querySelector('#player video').currentTime = {row['end'] + 1}")
+    page.evaluate(
+        f"""() => {{ const video = document.querySelector("#player video");
+        video.addEventListener("play", () => {{
+            video.currentTime = {row["end"] + 1};
+            video.dispatchEvent(new Event("timeupdate"));  // the page may look before it is told that the place has changed
+        }}, {{once: true}});
+        document.querySelector(`#timeline .segment[data-index='${{{segment}}}']`).click(); }}"""
+    )
     page.wait_for_function(f"document.querySelector('#player video').currentTime > {row['end'] + 1.2}")
     now, paused = page.evaluate(
         "(({currentTime, paused}) => [currentTime, paused])(document.querySelector('#player video'))"
