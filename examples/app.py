@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
@@ -116,6 +117,35 @@ def run_model(localize, sample: dict) -> dict:
     """The outputs for a sample of `localize.open`, ready for `localize.postprocess`."""
     (inputs,) = localize.preprocess(sample)
     return localize.forward(inputs)
+
+
+class Stopped(Exception):
+    """Nobody waits for it any more."""
+
+
+@contextmanager
+def stoppable(is_wanted: Callable[[], bool]):
+    """Whatever shows its progress in this thread (encoders, models on long recordings) raises Stopped once it is not wanted."""
+    thread = threading.get_ident()
+
+    def make_bar(factory: Callable, arguments: tuple, options: dict):
+        bar = before(factory, arguments, options) if before else factory(*arguments, **options)
+        if threading.get_ident() == thread:
+            update = bar.update
+
+            def update_or_stop(*steps):
+                if not is_wanted():
+                    raise Stopped
+                return update(*steps)
+
+            bar.update = update_or_stop
+        return bar
+
+    before = logging.set_tqdm_hook(make_bar)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def measure(sample: dict) -> float:
@@ -464,30 +494,42 @@ def build(
     def enable(saving: bool) -> list:
         return [gr.update(interactive=saving) for _ in DOWNLOADS]
 
-    def start(file: str | None):
+    def start(file: str | None, asked: dict):
         """Before the model runs: the player, and nothing left of the recording before."""
+        asked["path"] = file
         return draw_player(Path(file) if file else None), "", EMPTY, None, *enable(False)
 
-    def analyse(file: str | None, name: str, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
-        """What sliders, which may move meanwhile, do not change."""
-        if file is None:
-            return "", None, *enable(False)
-        path, recording = Path(file), {"path": file, "model": name}
-        progress(0, desc="Reading the recording")
-        try:
-            get_outputs(recording)
-        except Exception as error:  # whatever is wrong with a file: the page says it, and goes on
-            text = str(error).replace(str(path), path.name)
-            if not isinstance(error, ValueError | ImportError):
-                traceback.print_exc()
-                text = f"it could not be read ({type(error).__name__}: {text}). Is the file whole?"
-            text = text if path.name in text else f"{path.name}: {text.removeprefix('sample 0: ')}"
-            return draw_message(text), None, *enable(False)
-        return "", recording, *enable(True)
+    def analyse(file: str | None, name: str, asked: dict, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
+        """What sliders, which may move meanwhile, do not change. Stops, and shows nothing, when something else is asked for."""
+        recording, text = {"path": file, "model": name}, ""
 
-    def redraw(recording: dict | None, *settings):
+        def is_wanted() -> bool:
+            return asked == recording
+
+        if file is not None and is_wanted():
+            path = Path(file)
+            progress(0, desc="Reading the recording")
+            try:
+                with stoppable(is_wanted):
+                    get_outputs(recording)
+            except Stopped:
+                pass
+            except Exception as error:  # whatever is wrong with a file: the page says it, and goes on
+                text = str(error).replace(file, path.name)
+                if not isinstance(error, ValueError | ImportError):
+                    traceback.print_exc()
+                    text = f"it could not be read ({type(error).__name__}: {text}). Is the file whole?"
+                text = text if path.name in text else f"{path.name}: {text.removeprefix('sample 0: ')}"
+        if not is_wanted():
+            return [gr.skip()] * (2 + len(DOWNLOADS))
+        is_found = file is not None and not text
+        return draw_message(text), recording if is_found else None, *enable(is_found)
+
+    def redraw(recording: dict | None, asked: dict, *settings):
         if recording is None:
             return EMPTY
+        if recording != asked:  # which is under way
+            return gr.skip()
         try:
             rows, seconds = find(recording, *settings)
         except ValueError as error:
@@ -496,8 +538,9 @@ def build(
         most = min(MOST_SEGMENTS, localize.feature_extractor.max_seg_num)
         return draw_timeline(rows, seconds, localize.model.config.label2id, threshold, most)
 
-    def choose_model(name: str):
+    def choose_model(name: str, asked: dict):
         """Settings of the model's feature extractor, which its makers chose."""
+        asked["model"] = name
         own = models[name].feature_extractor
         return (
             describe(models[name], encoder),
@@ -532,7 +575,9 @@ def build(
             elem_id="title",
             apply_default_css=False,
         )
-        recording = gr.State(None, time_to_live=DAY)
+        recording = gr.State(None, time_to_live=DAY)  # whose timeline is shown
+        # What was chosen last. It is changed in place, for who is at work on something else to see.
+        asked = gr.State({"path": None, "model": first})
         text = gr.JSON(visible="hidden")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -566,22 +611,25 @@ def build(
         settings = [slide, method, iou, sigma]
         # (an event that shows no progress of its own)
         quiet = {"show_progress": "hidden", **private}
+        # An event that comes while another of its kind is at work would be dropped, by default: the last one must count.
+        last, each = {"trigger_mode": "always_last"}, {"trigger_mode": "multiple"}
         analysed = {
             "fn": analyse,
-            "inputs": [file, model],
+            "inputs": [file, model, asked],
             "outputs": [message, recording, *buttons],
             "show_progress_on": timeline,
             "concurrency_limit": 1,
             "concurrency_id": "model",
+            **each,
             **private,
         }
-        drawn = {"fn": redraw, "inputs": [recording, *settings], "outputs": timeline, **quiet}
-        started = file.change(start, file, [player, message, timeline, recording, *buttons], **quiet)
-        chosen = model.input(choose_model, model, [takes, method, iou, sigma], **quiet)
-        for before in (started, chosen):
-            before.then(**analysed).then(**drawn)
-        gr.on([setting.input for setting in settings], trigger_mode="always_last", **drawn)
-        method.input(choose_nms, method, [iou, sigma], **quiet)
+        drawn = {"fn": redraw, "inputs": [recording, asked, *settings], "outputs": timeline, **quiet}
+        changed = file.change(start, [file, asked], [player, message, timeline, recording, *buttons], **last, **quiet)
+        chosen = model.input(choose_model, [model, asked], [takes, method, iou, sigma], **last, **quiet)
+        for before in (changed, chosen):
+            before.then(**analysed).then(**each, **drawn)
+        gr.on([setting.input for setting in settings], **last, **drawn)
+        method.input(choose_nms, method, [iou, sigma], **last, **quiet)
         for button, (_, form, suffix) in zip(buttons, DOWNLOADS, strict=True):
             saved = button.click(save(form, suffix), [recording, *settings], text, **quiet)
             saved.success(None, text, None, js=SAVE_JS, **private)

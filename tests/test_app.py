@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -39,7 +40,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio"),
     pytest.mark.filterwarnings("ignore:YouTube shows chapters"),
 ]
-SECONDS = 15_000  # of patience, in ms: far more than any step takes
+PATIENCE = 60_000  # ms, far more than any step takes
 
 
 # --- What is in the page ---------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def open_page(browser, served):
         # Nobody without a network, or behind a firewall, may miss anything: not one request leaves this machine.
         context.on("request", note_request)
         page = context.new_page()
-        page.set_default_timeout(SECONDS)
+        page.set_default_timeout(PATIENCE)
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.goto(address)
         page.wait_for_selector("#timeline .empty")
@@ -226,7 +227,7 @@ def find(localize, features, **settings) -> list[dict]:
 def assert_shows(page, expected: list[dict], seconds: float):
     """Waits for the list to be these segments, by time, and compares the timeline with it."""
     listed = [[row["label"], row["start"], row["end"], f"{row['score']:.2f}"] for row in expected]
-    for _ in range(100):
+    for _ in range(PATIENCE // 100):
         if read_list(page) == listed:
             break
         page.wait_for_timeout(100)
@@ -479,6 +480,43 @@ def test_a_video_plays_from_the_start_of_a_segment_to_its_end(open_page, served,
 
 
 @pytest.mark.slow
+def test_what_is_dropped_last_is_shown(open_page, served, files, monkeypatch):
+    _, models = served
+    page = open_page()
+    choose(page, "model", "video")
+    page.wait_for_selector("#takes:has-text('through encoder')")
+    models["video"](str(files["old.avi"]))  # the encoder is loaded
+    encode, seen = VideoEncoder.encode, []
+
+    def encode_slowly(self, windows):
+        seen.append(len(windows))
+        time.sleep(0.5)
+        return encode(self, windows)
+
+    monkeypatch.setattr(VideoEncoder, "encode", encode_slowly)
+    page.set_input_files("#recording input[type=file]", files["clip.webm"])
+    page.wait_for_selector("#timeline .progress-bar", state="attached")
+    drop(page, files["cut.mp4"])  # the work on the first video stops
+    assert "cut.mp4" in page.inner_text("#message .message")
+    assert page.is_disabled("#downloads >> text=JSON")
+    assert sum(seen) < 49
+    drop(page, files["old.avi"])
+    rows = sorted(models["video"](str(files["old.avi"]), threshold=0.3), key=lambda row: (row["start"], row["end"]))
+    assert_shows(page, rows, 10.0)
+    assert page.is_enabled("#downloads >> text=JSON")
+
+    # Another model while one is at work: only the last one's answer is shown.
+    page.click("#recording button[aria-label='Clear']")
+    page.wait_for_selector("#timeline .empty")
+    page.set_input_files("#recording input[type=file]", files["clip.webm"])
+    page.wait_for_selector("#timeline .progress-bar", state="attached")
+    choose(page, "model", "second")
+    page.wait_for_selector("#message .message")
+    assert "does not say which encoder" in page.inner_text("#message .message")
+    monkeypatch.undo()
+
+
+@pytest.mark.slow
 def test_a_video_that_the_browser_cannot_play_has_a_timeline(open_page, files):
     page = open_page()
     choose(page, "model", "video")
@@ -575,6 +613,30 @@ def test_the_cache_holds_what_was_used_last_within_its_limit(app):
     for key in ("a", "a", "b", "a"):
         small.get(key, lambda key=key: compute(key))
     assert computed[4:] == ["a", "b", "a"]
+
+
+def test_work_that_nobody_waits_for_stops(app):
+    wanted, seen = [True], []
+
+    def work(thread: str):
+        for step in logging.tqdm(range(3), disable=True):
+            seen.append((thread, step))
+        with logging.tqdm(total=3, disable=True) as bar:
+            for step in range(3):
+                seen.append((thread, step))
+                bar.update()
+
+    with app.stoppable(lambda: wanted[0]):
+        work("this")
+        wanted[0] = False
+        another = threading.Thread(target=work, args=("another",))
+        another.start()
+        another.join()
+        with pytest.raises(app.Stopped):
+            work("stops")
+    work("after")
+    counts = {thread: sum(1 for name, _ in seen if name == thread) for thread in ("this", "another", "stops", "after")}
+    assert counts == {"this": 6, "another": 6, "stops": 4, "after": 6}
 
 
 def test_what_was_left_out_is_said(app):
