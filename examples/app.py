@@ -46,6 +46,7 @@ MOST_SEGMENTS = 1000  # without NMS a recording has many thousands, more than an
 LANES = 6  # segments of one class that overlap are drawn below one another, up to this many
 DAY = 24 * 3600  # seconds that dropped files are kept
 EMPTY = '<p class="empty">The timeline of your recording comes here.</p>'
+LOST = "This page was left alone for long, or its server was started again. Drop the recording again."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,6 +388,7 @@ element.addEventListener("click", (event) => {
   if (!shown || shown.error) return;
   playing = {start: +segment.dataset.start, end: +segment.dataset.end};
   shown.currentTime = playing.start;
+  shown.scrollIntoView({block: "nearest"});  // on a phone the list is far below
   shown.play().catch(() => {});
 });
 document.addEventListener("play", follow, true);
@@ -454,6 +456,13 @@ def build(
     """
     kept = Cache(cache)
     first = next(iter(models))
+    working: dict[str, threading.Event] = {}  # sessions to what stops the work on their recording
+
+    def features_of(recording: dict) -> tuple:
+        """What makes its features: models that agree in it share them."""
+        own = models[recording["model"]].feature_extractor
+        maker = encoder.name if encoder else str(own.encoder)
+        return recording["path"], maker, own.feature_size, own.fps, own.feature_stride, own.num_frames
 
     def get_outputs(recording: dict) -> dict:
         """Of the model, which runs if it did not before, and the recording's length in seconds."""
@@ -463,25 +472,17 @@ def build(
                 f"{path.name} is not here any more: dropped files are deleted after a day. Drop it again."
             )
         localize, stat = models[name], path.stat()
-        own = localize.feature_extractor
         # gradio stores a file under the hash of its content; an example may have been changed.
-        file = (str(path), stat.st_size, stat.st_mtime_ns)
-        made = (
-            encoder.name if encoder else str(own.encoder),
-            own.feature_size,
-            own.fps,
-            own.feature_stride,
-            own.num_frames,
-        )
+        version = (stat.st_size, stat.st_mtime_ns)
 
         def read() -> dict:
-            return localize.open(as_recording(path, own, encoder), encoder=encoder)
+            return localize.open(as_recording(path, localize.feature_extractor, encoder), encoder=encoder)
 
         def run() -> dict:
-            sample = kept.get((file, made), read)
+            sample = kept.get((*features_of(recording), version), read)
             return {"seconds": measure(sample), **run_model(localize, sample)}
 
-        return kept.get((file, name), run)
+        return kept.get((str(path), version, name), run)
 
     def find(recording: dict, *settings) -> tuple[list[dict], float]:
         """Segments with these settings, and the length of the recording."""
@@ -499,18 +500,27 @@ def build(
         asked["path"] = file
         return draw_player(Path(file) if file else None), "", EMPTY, None, *enable(False)
 
-    def analyse(file: str | None, name: str, asked: dict, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
+    def analyse(
+        file: str | None,
+        name: str,
+        asked: dict,
+        request: gr.Request,
+        progress=gr.Progress(track_tqdm=True),  # noqa: B008
+    ):
         """What sliders, which may move meanwhile, do not change. Stops, and shows nothing, when something else is asked for."""
         recording, text = {"path": file, "model": name}, ""
+        for key, value in recording.items():
+            asked.setdefault(key, value)
+        left = working[request.session_hash] = threading.Event()
 
-        def is_wanted() -> bool:
-            return asked == recording
+        def is_of_use() -> bool:
+            return features_of(asked) == features_of(recording) and not left.is_set()
 
-        if file is not None and is_wanted():
+        if file is not None and asked == recording:
             path = Path(file)
             progress(0, desc="Reading the recording")
             try:
-                with stoppable(is_wanted):
+                with stoppable(is_of_use):
                     get_outputs(recording)
             except Stopped:
                 pass
@@ -520,12 +530,20 @@ def build(
                     traceback.print_exc()
                     text = f"it could not be read ({type(error).__name__}: {text}). Is the file whole?"
                 text = text if path.name in text else f"{path.name}: {text.removeprefix('sample 0: ')}"
-        if not is_wanted():
+        del working[request.session_hash]
+        if asked != recording or left.is_set():
             return [gr.skip()] * (2 + len(DOWNLOADS))
         is_found = file is not None and not text
         return draw_message(text), recording if is_found else None, *enable(is_found)
 
-    def redraw(recording: dict | None, asked: dict, *settings):
+    def leave(request: gr.Request):
+        """The page was closed, or loaded anew: nobody waits any more."""
+        if left := working.get(request.session_hash):
+            left.set()
+
+    def redraw(file: str | None, recording: dict | None, asked: dict, *settings):
+        if file is not None and not asked:
+            raise gr.Error(LOST)
         if recording is None:
             return EMPTY
         if recording != asked:  # which is under way
@@ -547,13 +565,16 @@ def build(
             own.nms_method,
             gr.update(value=own.iou_threshold, visible=own.nms_method in ("hard", "linear")),
             gr.update(value=own.nms_sigma, visible=own.nms_method == "soft"),
+            *enable(False),
         )
 
     def choose_nms(method: str):
         return gr.update(visible=method in ("hard", "linear")), gr.update(visible=method == "soft")
 
     def save(form: str, suffix: str) -> Callable:
-        def write(recording: dict, *settings) -> dict:
+        def write(recording: dict | None, *settings) -> dict:
+            if recording is None:
+                raise gr.Error(LOST)
             try:
                 rows, seconds = find(recording, *settings)
                 # (the last segment may end after the last feature)
@@ -577,7 +598,7 @@ def build(
         )
         recording = gr.State(None, time_to_live=DAY)  # whose timeline is shown
         # What was chosen last. It is changed in place, for who is at work on something else to see.
-        asked = gr.State({"path": None, "model": first})
+        asked = gr.State({})
         text = gr.JSON(visible="hidden")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -623,13 +644,14 @@ def build(
             **each,
             **private,
         }
-        drawn = {"fn": redraw, "inputs": [recording, asked, *settings], "outputs": timeline, **quiet}
+        drawn = {"fn": redraw, "inputs": [file, recording, asked, *settings], "outputs": timeline, **quiet}
         changed = file.change(start, [file, asked], [player, message, timeline, recording, *buttons], **last, **quiet)
-        chosen = model.input(choose_model, [model, asked], [takes, method, iou, sigma], **last, **quiet)
+        chosen = model.input(choose_model, [model, asked], [takes, method, iou, sigma, *buttons], **last, **quiet)
         for before in (changed, chosen):
             before.then(**analysed).then(**each, **drawn)
         gr.on([setting.input for setting in settings], **last, **drawn)
         method.input(choose_nms, method, [iou, sigma], **last, **quiet)
+        page.unload(leave)
         for button, (_, form, suffix) in zip(buttons, DOWNLOADS, strict=True):
             saved = button.click(save(form, suffix), [recording, *settings], text, **quiet)
             saved.success(None, text, None, js=SAVE_JS, **private)

@@ -121,8 +121,8 @@ class ConvTransformerPipeline(ChunkPipeline):
         if settings is None:
             raise ValueError(
                 f"{path}: no file of features ({', '.join(ARRAY_SUFFIXES)}), so it takes an encoder to make them, and "
-                "preprocessor_config.json names none. Give the one that the model's training features came from: "
-                "encoder='MCG-NJU/videomae-base', for example."
+                "preprocessor_config.json names none. Give as encoder the one that the model's training features came from, "
+                "such as MCG-NJU/videomae-base."
             )
         if self._encoder[0] != settings:
             loaded = _import("features").load_encoder(**settings, device=self.device)

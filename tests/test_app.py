@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -109,6 +110,12 @@ def make_encoder(folder: Path) -> str:
     return str(folder)
 
 
+class Served(NamedTuple):
+    address: str
+    models: dict
+    blocks: gradio.Blocks
+
+
 @pytest.fixture(scope="module")
 def served(app, tmp_path_factory):
     """The page at a free port of this machine, with models that count how often they run."""
@@ -117,6 +124,7 @@ def served(app, tmp_path_factory):
         "first": make_detector(folder / "first", 0, LABELS),
         "second": make_detector(folder / "second", 1, PLAIN),
         "video": make_detector(folder / "video", 6, PLAIN, make_encoder(folder / "encoder"), n_in=16),
+        "same features": make_detector(folder / "same", 7, PLAIN, str(folder / "encoder"), n_in=16),
     }
     models = {}
     for name, model in detectors.items():
@@ -131,7 +139,7 @@ def served(app, tmp_path_factory):
     _, address, _ = page.launch(
         server_port=port, prevent_thread_lock=True, quiet=True, max_file_size="1mb", **app.LAUNCH
     )
-    yield address, models
+    yield Served(address, models, page)
     page.close(verbose=False)
 
 
@@ -158,7 +166,7 @@ def browser():
 @pytest.fixture
 def open_page(browser, served):
     """Opens the page, in a session of its own for each call; at the end, nothing may have gone wrong in any."""
-    address, _ = served
+    address = served.address
     contexts, troubles = [], []
 
     def note_request(request):
@@ -254,7 +262,7 @@ def choose(page, name: str, option: str):
 
 @pytest.mark.slow
 def test_settings_redraw_without_running_the_model(open_page, served, files):
-    _, models = served
+    models = served.models
     localize, features = models["first"], np.load(files["walk & rest.npy"])
     seconds = (59 * 5 + 2) / 10
     page = open_page()
@@ -331,7 +339,7 @@ def test_a_segment_is_chosen_by_mouse_and_keyboard(open_page, files):
 
 @pytest.mark.slow
 def test_downloads_are_what_is_shown(open_page, served, files, app):
-    _, models = served
+    models = served.models
     page = open_page()
     choose(page, "model", "second")
     drop(page, files["walk & rest.npy"])
@@ -362,7 +370,7 @@ def test_downloads_are_what_is_shown(open_page, served, files, app):
 
 @pytest.mark.slow
 def test_models_sessions_and_kinds_of_files(open_page, served, files):
-    _, models = served
+    models = served.models
     page, other = open_page(), open_page()
     features = np.load(files["walk & rest.npy"])
     expected = {name: find(models[name], features, threshold=0.3) for name in ("first", "second")}
@@ -419,7 +427,7 @@ def test_wrong_files_are_named_and_the_page_goes_on(open_page, files):
 
 @pytest.mark.slow
 def test_a_video_plays_from_the_start_of_a_segment_to_its_end(open_page, served, files, monkeypatch):
-    _, models = served
+    models = served.models
     logging.enable_progress_bar()  # which tests of commands in this process may have turned off
     page = open_page()
     choose(page, "model", "video")
@@ -481,7 +489,7 @@ def test_a_video_plays_from_the_start_of_a_segment_to_its_end(open_page, served,
 
 @pytest.mark.slow
 def test_what_is_dropped_last_is_shown(open_page, served, files, monkeypatch):
-    _, models = served
+    models = served.models
     page = open_page()
     choose(page, "model", "video")
     page.wait_for_selector("#takes:has-text('through encoder')")
@@ -513,7 +521,50 @@ def test_what_is_dropped_last_is_shown(open_page, served, files, monkeypatch):
     choose(page, "model", "second")
     page.wait_for_selector("#message .message")
     assert "does not say which encoder" in page.inner_text("#message .message")
+
+    # The work stops for who leaves: nobody waits behind it.
+    seen.clear()
+    choose(page, "model", "video")
+    page.wait_for_selector("#timeline .progress-bar", state="attached")
+    page.context.close()
+    page = open_page()
+    drop(page, files["walk & rest.npy"])
+    assert 0 < sum(seen) < 49
+
+    # It goes on for a model of the same features.
+    page.click("#recording button[aria-label='Clear']")
+    page.wait_for_selector("#timeline .empty")
+    choose(page, "model", "video")
+    page.wait_for_selector("#takes:has-text('through encoder')")
+    seen.clear()
+    page.set_input_files("#recording input[type=file]", files["clip.webm"])
+    page.wait_for_selector("#timeline .progress-bar", state="attached")
+    choose(page, "model", "same features")
+    page.wait_for_selector("#timeline .segment")
+    assert sum(seen) == 49
     monkeypatch.undo()
+    expected = models["same features"](str(files["clip.webm"]), threshold=0.3)
+    assert_shows(page, sorted(expected, key=lambda row: (row["start"], row["end"])), 10.0)
+
+
+@pytest.mark.slow
+def test_a_page_whose_server_forgot_it_goes_on(open_page, served, files):
+    features = np.load(files["walk & rest.npy"])
+    page = open_page()
+    choose(page, "model", "second")
+    drop(page, files["walk & rest.npy"])
+    expected = find(served.models["second"], features, threshold=0.3)
+    assert_shows(page, expected, 29.7)
+    served.blocks.app.state_holder.session_data.clear()  # as after a restart, or an hour without a connection
+    set_slider(page, "threshold", 0.5)
+    page.wait_for_selector("[data-testid=toast-body]:has-text('Drop the recording again')")
+    page.click("[data-testid=toast-close]")
+    page.click("#downloads >> text=CSV")
+    page.wait_for_selector("[data-testid=toast-body]:has-text('Drop the recording again')")
+    set_slider(page, "threshold", 0.3)
+    drop(page, files["walk & rest.npy"])
+    assert_shows(page, expected, 29.7)
+    assert page.is_enabled("#downloads >> text=JSON")
 
 
 @pytest.mark.slow
@@ -531,7 +582,7 @@ def test_a_video_that_the_browser_cannot_play_has_a_timeline(open_page, files):
 
 @pytest.mark.slow
 def test_files_that_were_not_dropped_are_not_opened(open_page, served, files):
-    address, _ = served
+    address = served.address
     page = open_page()
     for path in (files["walk & rest.npy"], Path("/etc/passwd")):
         data = [{"path": str(path), "meta": {"_type": "gradio.FileData"}}]
