@@ -48,8 +48,9 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 SIGNAL_SUFFIXES = (*TABLE_SUFFIXES, ".npy", ".npz")
 
 # Containers whose header says how long the recording is, so that a file that ends before can be told.
-_WITH_DURATION = {"mov", "mp4", "matroska", "webm", "avi", "flv", "wav"}
+_WITH_DURATION = {"mov", "mp4", "matroska", "webm", "flac", "flv"}
 _SAME_TIME = 1e-6  # seconds; far below a frame, far above what float64 loses
+_EBML = b"\x1a\x45\xdf\xa3"
 _CLOCK_STEP = 0.5  # seconds; times of decoding rise, but for the jitter of damaged files
 
 
@@ -70,6 +71,75 @@ def check_file(path: str | os.PathLike):
 # Video and audio
 
 
+def _check_whole(path: str):
+    """
+    FFmpeg reads a file that was cut off up to there, without a word. AVI and WAV, Matroska and WebM, MP4 and MOV say how many
+    bytes they have.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if "://" in path:
+        return
+    with open(path, "rb") as file:
+        size, head = os.path.getsize(path), file.read(4096)
+        if head.startswith(b"RIFF"):
+            promised = _size_of_riff(file)
+        elif head.startswith(_EBML):
+            promised = _size_of_matroska(head)
+        else:
+            promised = _size_of_mp4(file, size)
+    if promised > size + 8:  # (some programs count the head of a RIFF chunk twice)
+        raise ValueError(
+            f"{path}: truncated: its header says {promised:,} bytes, but it has {size:,}. Copy it again, or keep what is there "
+            "with ffmpeg -i INPUT -c copy OUTPUT.mkv."
+        )
+
+
+def _size_of_riff(file) -> int:
+    """Of AVI and WAV: RIFF chunks, of which large AVI files have several. 0: it does not say."""
+    end = start = 0
+    while file.seek(start) == start and (head := file.read(8)).startswith(b"RIFF"):
+        length = int.from_bytes(head[4:], "little")
+        if length >= 0x7FFFF000:  # how programs that write into a pipe say that they do not know
+            return 0
+        end = start + 8 + length
+        start = end + length % 2
+    return end
+
+
+def _size_of_matroska(head: bytes) -> int:
+    """Matroska, WebM: a short header, then one segment with all the rest (RFC 8794). 0: it does not say."""
+
+    def number(at: int) -> tuple[int, int]:
+        """A number, whose first byte says how long it is, and where the next element begins."""
+        length = 9 - head[at].bit_length()
+        value = int.from_bytes(head[at : at + length], "big") & (1 << 7 * length) - 1
+        return (0 if value == (1 << 7 * length) - 1 else value), at + length  # (all ones: unknown)
+
+    length, start = number(len(_EBML))
+    segment = start + length
+    if head[segment : segment + 4] != b"\x18\x53\x80\x67" or len(head) < segment + 12:
+        return 0
+    length, start = number(segment + 4)
+    return start + length if length else 0
+
+
+def _size_of_mp4(file, size: int) -> int:
+    """MP4, MOV: boxes one behind the other, to the end of the one that holds the last samples. 0: something else."""
+    start = end = 0
+    while start < size:
+        file.seek(start)
+        head = file.read(16)
+        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        length = int.from_bytes(head[8:], "big") if length == 1 else length
+        if length < 8 or not kind.isalnum():  # (0: to the end of the file)
+            break
+        start += length
+        end = start if kind in (b"mdat", b"moof", b"moov") else end
+    return end
+
+
 class _MediaFile:
     """A file that FFmpeg reads: which stream to take, and when each of its packets is shown."""
 
@@ -77,8 +147,11 @@ class _MediaFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
+        # (FFmpeg would take the name cut:final.mp4 for a protocol.)
+        self._address = self.path if "://" in self.path else os.path.abspath(self.path)
         self._av = _import("av", "video")
         with self._open() as container:
+            _check_whole(self.path)
             stream = self._choose_stream(container)
             self.stream_index, self.codec = stream.index, stream.codec_context.name
             # What a player counts from: the first time of the earliest stream.
@@ -91,7 +164,7 @@ class _MediaFile:
     def _open(self):
         check_file(self.path)
         try:
-            return self._av.open(self.path)
+            return self._av.open(self._address)
         except (self._av.error.FFmpegError, OSError) as error:
             raise ValueError(
                 f"{self.path}: not readable as a recording ({error.strerror or error}). Either it is no video or audio file, or "
@@ -315,7 +388,7 @@ class _TorchCodecFrames:
     def __init__(self, video: VideoFile):
         from torchcodec.decoders import VideoDecoder
 
-        self._decoder = VideoDecoder(video.path, stream_index=video.stream_index, num_ffmpeg_threads=0)
+        self._decoder = VideoDecoder(video._address, stream_index=video.stream_index, num_ffmpeg_threads=0)
         self._times = video._times
 
     def read(self, numbers: np.ndarray) -> torch.Tensor:

@@ -43,12 +43,13 @@ def write_video(
     draw: Callable[[int], np.ndarray] | None = None,
     pixels: str = "yuv420p",
     options: dict[str, str] | None = None,
+    container_options: dict[str, str] | None = None,
 ) -> Path:
     """Frames that say their numbers (or those that `draw` gives), at `rate`, or at `times` (seconds)."""
     av = pytest.importorskip("av", reason='video tests need PyAV: pip install "modeling-convtransformer[video]"')
     path.parent.mkdir(parents=True, exist_ok=True)
     base = Fraction(1, 90000) if times is not None else 1 / Fraction(rate)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=container_options or {}) as container:
         own = {"g": "12", **({"bf": "2"} if "264" in codec else {}), **(options or {})}
         stream = container.add_stream(codec, rate=Fraction(rate), options=own)
         stream.width, stream.height, stream.pix_fmt = *size, pixels

@@ -158,7 +158,7 @@ def test_bad_files_are_named(videos, tmp_path):
         tmp_path / "joined.ts": r"its clock jumps back from \d\.\d\d s to 0\.00 s",
         write_sound(tmp_path / "sound.wav"): "no video stream; the streams it has: audio",
         cut(videos["h264_25.mp4"], tmp_path / "cut.mp4", 0.5): "truncated",
-        cut(long, tmp_path / "cut.mkv", 0.5): "truncated: its header says 8.0 s",
+        cut(long, tmp_path / "cut.mkv", 0.5): "truncated: its header says",
     }
     for path, words in bad.items():
         with pytest.raises(ValueError, match=words) as raised:
@@ -168,6 +168,51 @@ def test_bad_files_are_named(videos, tmp_path):
         AudioFile(videos["h264_25.mp4"], 16000)
     with pytest.raises(ValueError, match="decoder is 'opencv'"):
         VideoFile(videos["h264_25.mp4"], decoder="opencv")
+
+
+@pytest.mark.parametrize(
+    "name", ["h264.mkv", "vp9.webm", "h264.avi", "first.mp4", "pieces.mp4", "sound.wav", "sound.flac"]
+)
+def test_files_that_were_cut_off_are_told(tmp_path, name):
+    flags = {"first.mp4": "faststart", "pieces.mp4": "frag_keyframe+empty_moov"}
+    if name.startswith("sound"):
+        whole = write_sound(tmp_path / name, seconds=5)
+        open_file = lambda path: AudioFile(path, 16000)  # noqa: E731
+    else:
+        codec = "libvpx-vp9" if name == "vp9.webm" else "libx264"
+        whole = write_video(tmp_path / name, 25, codec=codec, container_options={"movflags": flags.get(name, "")})
+        open_file = VideoFile
+    assert open_file(whole).duration > 0.9
+    # (FLAC says how long it is, but not how large. The pieces of an MP4 are followed by a table that nobody needs.)
+    for share in (0.6,) if name == "sound.flac" else (0.7, 0.9) if name == "pieces.mp4" else (0.7, 0.9, 0.98):
+        with pytest.raises(ValueError, match=rf"cut.{name}: truncated: its header says"):
+            open_file(cut(whole, tmp_path / f"cut.{name}", share))
+    with open(whole, "ab") as file:
+        file.write(b"something behind it" * 9)
+    assert open_file(whole).duration > 0.9
+
+
+@pytest.mark.parametrize("form", ["matroska", "avi", "wav"])
+def test_what_was_written_into_a_pipe_has_no_length_to_keep(tmp_path, form):
+    av = pytest.importorskip("av")
+
+    class Pipe:
+        def __init__(self, file):
+            self.write = file.write
+
+    with open(tmp_path / "piped", "wb") as file, av.open(Pipe(file), "w", format=form) as container:
+        stream = container.add_stream("pcm_s16le", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), dtype=np.int16), format="s16", layout="mono")
+        frame.sample_rate, frame.pts = 16000, 0
+        container.mux([*stream.encode(frame), *stream.encode()])
+    assert AudioFile(tmp_path / "piped", 16000).duration == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_name_with_a_colon_is_a_name(videos, tmp_path, monkeypatch):
+    (tmp_path / "cut:final.mp4").write_bytes(videos["h264_25.mp4"].read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for decoder in ("auto", "pyav"):
+        assert decode(VideoFile("cut:final.mp4", decoder).frames_at([0.02])[0]) == 0
 
 
 def test_a_damaged_stretch_shows_other_frames_and_ends_with_it(tmp_path):
