@@ -180,7 +180,7 @@ def test_files_that_were_cut_off_are_told(tmp_path, name):
         open_file = lambda path: AudioFile(path, 16000)  # noqa: E731
     else:
         codec = "libvpx-vp9" if name == "vp9.webm" else "libx264"
-        whole = write_video(tmp_path / name, 25, codec=codec, container_options={"movflags": flags.get(name, "")})
+        whole = write_video(tmp_path / name, 60, codec=codec, container_options={"movflags": flags.get(name, "")})
         open_file = VideoFile
     assert open_file(whole).duration > 0.9
     # (FLAC says how long it is, but not how large. The pieces of an MP4 are followed by a table that nobody needs.)
