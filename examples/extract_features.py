@@ -16,6 +16,7 @@ import argparse
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -37,6 +38,7 @@ encoder = None  # of the process that extracts
 def start(settings: dict | None, device: str, threads: int, numbers):
     """In each of several processes: its own encoder, on a GPU of its own where there are several."""
     global encoder
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     if settings is not None:
@@ -44,6 +46,12 @@ def start(settings: dict | None, device: str, threads: int, numbers):
             with numbers.get_lock():
                 device, numbers.value = f"cuda:{numbers.value % torch.cuda.device_count()}", numbers.value + 1
         encoder = load_encoder(**settings, device=device)
+
+
+def end_with(parent):
+    """A process that waits for work would not notice that nobody is left to give it, and keep its memory for good."""
+    parent.join()
+    os._exit(1)  # as if killed: what it has done lies beside the file
 
 
 def extract(path: Path, target: Path, locks: Path, settings: dict) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch.nn.functional import interpolate
@@ -41,6 +42,8 @@ LOG_MEL = "log-mel"
 # Frames that are decoded and resized at once: what bounds the memory of full-size frames.
 _FRAMES_AT_ONCE = 16
 # Sizes as processors of transformers give them, and their numbers for ways to resize.
+# Settings of processors that do something else with pictures than to resize, crop and normalise them.
+_OWN_WAYS = ("crop_pct", "do_flip_channel_order", "keep_aspect_ratio", "rescale_offset")
 _SIZES = ({"height", "width"}, {"shortest_edge"})
 _RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 
@@ -209,8 +212,8 @@ class VideoEncoder(_Encoder):
         return self._pool(self.model(**{self.model.main_input_name: windows}, **self._arguments)).float()
 
     def try_out(self) -> torch.Tensor:
-        """The feature of a black window, (1, channels)."""
-        frames = torch.zeros(self.frames_per_clip, 3, 64, 64, dtype=torch.uint8)
+        """The feature of a black window, (1, channels); not a square one, as videos are not."""
+        frames = torch.zeros(self.frames_per_clip, 3, 64, 96, dtype=torch.uint8)
         return self.encode(self.prepare(frames)[None])
 
     def open(self, path: str | os.PathLike, fps: float | None) -> "_VideoTicks":
@@ -227,6 +230,11 @@ class AudioEncoder(_Encoder):
         self._processor = AutoFeatureExtractor.from_pretrained(name, revision=revision)
         self.fps = self._processor.sampling_rate
         self.num_frames, self.feature_stride = self.fps, self.fps // 2
+        # Samples that it hears whatever it is given, the rest silence: Whisper 30 s; AST 1,024 steps of 10 ms.
+        self._whole = getattr(self._processor, "n_samples", None)
+        self._is_ast = model.config.model_type == "audio-spectrogram-transformer"
+        if self._is_ast:
+            self._whole = self._processor.max_length * self.fps // 100
 
     def ticks(self, num_frames: int) -> np.ndarray:
         return np.arange(num_frames)
@@ -234,13 +242,19 @@ class AudioEncoder(_Encoder):
     @torch.inference_mode()
     def encode(self, windows: torch.Tensor) -> torch.Tensor:
         """Windows of sound (windows, samples) to features (windows, channels) float32."""
+        if self._whole and windows.shape[1] > self._whole:
+            raise ValueError(f"it hears {self._whole} at once")
         inputs = self._processor([one.numpy() for one in windows], sampling_rate=self.fps, return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)  # (the dtype of numbers with a point)
         outputs = self.model(**inputs)
-        whole = getattr(self._processor, "n_samples", None)  # Whisper hears 30 s, mostly silence here
-        if whole and self.pooling == "mean":
-            heard = math.ceil(outputs.last_hidden_state.shape[1] * windows.shape[1] / whole)
-            return outputs.last_hidden_state[:, :heard].mean(dim=1).float()
+        if self._whole and self.pooling == "mean":
+            tokens = outputs.last_hidden_state
+            if self._is_ast:  # two tokens of no time, then rows of time, one for each stretch of frequencies
+                config = self.model.config
+                rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+                tokens = tokens[:, 2:].unflatten(1, (rows, -1)).mean(dim=1)
+            heard = math.ceil(tokens.shape[1] * windows.shape[1] / self._whole)
+            return tokens[:, :heard].mean(dim=1).float()
         return self._pool(outputs).float()
 
     def try_out(self) -> torch.Tensor:
@@ -401,7 +415,7 @@ def extract_features(
                 file.append(encoder.encode(windows).cpu().numpy(), total)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 raise ValueError(
                     f"{path}: {encoder.name} cannot encode windows of {num_frames} ticks ({error}); its own have {encoder.num_frames}."
                 ) from error
@@ -592,6 +606,13 @@ def _read_processor(name: str, revision: str | None) -> dict[str, Any]:
             f"{name}: has no settings of a video or image processor (preprocessor_config.json), which say how large frames are and "
             "how they are normalised. Save the processor of the model into its folder: processor.save_pretrained(folder)."
         )
+    kind = content.get("image_processor_type") or content.get("feature_extractor_type") or ""
+    content = _convnext_settings(content) if kind.startswith("ConvNext") else content
+    if own := [key for key in _OWN_WAYS if content.get(key)]:
+        raise ValueError(
+            f"{name}: its processor {kind} prepares pictures in a way of its own ({own[0]}), which is not known here. Choose "
+            "another encoder."
+        )
     size = content.get("size", content.get("crop_size", 224))
     crop = content.get("crop_size", size)
     for key, value in (("size", size), ("crop_size", crop)):
@@ -600,6 +621,9 @@ def _read_processor(name: str, revision: str | None) -> dict[str, Any]:
             raise ValueError(
                 f"{name}: {key} is {value} in its processor's settings; expected height and width, or shortest_edge."
             )
+    do_crop = content.get("do_center_crop", "crop_size" in content)
+    if isinstance(size, int) and _is_square(kind, do_crop):
+        size = {"height": size, "width": size}
     resample = content.get("resample", 2)
     if content.get("do_resize", True) and resample not in _RESAMPLING:
         resample = 3  # Lanczos, which torch lacks; transformers' own processors take bicubic too
@@ -607,7 +631,7 @@ def _read_processor(name: str, revision: str | None) -> dict[str, Any]:
         "do_resize": content.get("do_resize", True),
         "size": size,
         "resample": _RESAMPLING[resample],
-        "do_center_crop": content.get("do_center_crop", "crop_size" in content),
+        "do_center_crop": do_crop,
         "crop_size": crop,
         "do_rescale": content.get("do_rescale", True),
         "rescale_factor": content.get("rescale_factor", 1 / 255),
@@ -616,6 +640,27 @@ def _read_processor(name: str, revision: str | None) -> dict[str, Any]:
         "image_mean": content.get("image_mean", [0.5] * 3),
         "image_std": content.get("image_std", [0.5] * 3),
     }
+
+
+def _convnext_settings(content: dict[str, Any]) -> dict[str, Any]:
+    """ConvNeXT cuts 12 % off small pictures, and none off large ones, which it squeezes."""
+    size = content.get("size", 384)
+    edge = size["shortest_edge"] if isinstance(size, dict) else size
+    square = {"height": edge, "width": edge}
+    shortest = {"shortest_edge": int(edge / content.get("crop_pct", 224 / 256))}
+    own = {"size": square, "do_center_crop": False} if edge >= 384 else {"size": shortest, "do_center_crop": True}
+    return {**content, **own, "crop_size": square, "crop_pct": None}
+
+
+def _is_square(kind: str, do_crop: bool) -> bool:
+    """Whether a size of one number, as older checkpoints have it, is that of both sides, or of the shorter one."""
+    name = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
+    for suffix in ("Pil", "", "Fast"):  # one of them can be loaded, if Pillow or torchvision is installed
+        try:
+            return getattr(transformers, name + suffix).default_to_square
+        except (AttributeError, ImportError):
+            pass
+    return not do_crop
 
 
 def _resized(shape: Sequence[int], size: int | dict[str, int]) -> tuple[int, int]:

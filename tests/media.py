@@ -157,6 +157,9 @@ def save_encoder(folder: Path, kind: str = "videomae") -> Path:
                 num_conv_pos_embedding_groups=2,
             )
         ),
+        "ast": lambda: transformers.ASTModel(
+            transformers.ASTConfig(**small, num_mel_bins=32, max_length=256, patch_size=16, time_stride=8)
+        ),
         "whisper": lambda: transformers.WhisperModel(
             transformers.WhisperConfig(
                 d_model=16,
@@ -182,6 +185,8 @@ def save_encoder(folder: Path, kind: str = "videomae") -> Path:
     model.save_pretrained(folder)
     if kind == "wav2vec2":
         transformers.Wav2Vec2FeatureExtractor().save_pretrained(folder)
+    elif kind == "ast":
+        transformers.ASTFeatureExtractor(num_mel_bins=32, max_length=256).save_pretrained(folder)
     elif kind == "whisper":
         transformers.WhisperFeatureExtractor().save_pretrained(folder)
     else:

@@ -95,6 +95,28 @@ def test_what_another_run_has_is_waited_for(folder, tmp_path):
     assert read_features(output / "0.safetensors")[0]["features"].shape == (14, 16)
 
 
+@pytest.mark.slow
+def test_workers_end_with_the_run_that_started_them(tmp_path):
+    psutil = pytest.importorskip("psutil")
+    (tmp_path / "sessions").mkdir()
+    for number in range(2):
+        np.save(tmp_path / "sessions" / f"{number}.npy", np.ones((40, 3), dtype=np.float32))
+    settings = ["--num_frames", "10", "--feature_stride", "5", "--fps", "10", "--workers", "2"]
+    output = tmp_path / "features"
+    (output / ".locks").mkdir(parents=True)
+    with FileLock(output / ".locks" / "0.safetensors.lock"):  # so that it waits
+        process = subprocess.Popen([*COMMAND, "sessions", "features", *settings], cwd=tmp_path, env=ENVIRONMENT)
+        deadline = time.monotonic() + 120
+        while not (output / "1.safetensors").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) >= 2
+        process.kill()
+        process.wait()
+        _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+
+
 def test_a_folder_of_sensor_files(tmp_path, monkeypatch, capsys):
     pytest.importorskip("pyarrow", reason="tables of sensor values need pyarrow: pip install pyarrow")
     (tmp_path / "sessions").mkdir()

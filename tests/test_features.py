@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from media import code, save_encoder, tone, write_sound, write_video
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
@@ -46,7 +47,7 @@ def quiet():
 def files(tmp_path_factory):
     """Encoders, and recordings for them."""
     folder = tmp_path_factory.mktemp("features")
-    for kind in ("videomae", "timesformer", "vivit", "vjepa2", "dinov2", "wav2vec2", "whisper"):
+    for kind in ("videomae", "timesformer", "vivit", "vjepa2", "dinov2", "wav2vec2", "whisper", "ast"):
         save_encoder(folder / kind, kind)
     write_video(folder / "video.mp4", frames=60, rate=25, sound=True)
     write_video(folder / "short.mp4", frames=2, rate=25)
@@ -63,13 +64,13 @@ def videomae(files):
 
 def processed(frames: torch.Tensor, folder: Path) -> torch.Tensor:
     """Frames through transformers' own processor, which resizes with Pillow: (frames, 3, 32, 32)."""
-    videomae_pil = pytest.importorskip(
-        "transformers.models.videomae.image_processing_pil_videomae",
-        reason="this transformers has no processor without torchvision to compare with",
-    )
     content = json.loads((folder / "preprocessor_config.json").read_text())
-    processor = videomae_pil.VideoMAEImageProcessorPil(**content)
-    return processor(list(frames.numpy()), return_tensors="pt")["pixel_values"][0]
+    name = content.get("image_processor_type", "VideoMAEImageProcessor").replace("FeatureExtractor", "ImageProcessor")
+    if not hasattr(transformers, f"{name}Pil"):
+        pytest.skip("this transformers has no processor without torchvision to compare with")
+    processor = getattr(transformers, f"{name}Pil")(**content)
+    values = processor(list(frames.numpy()), return_tensors="pt")["pixel_values"]
+    return values[0] if values.ndim == 5 else values
 
 
 def written_tone() -> np.ndarray:
@@ -117,10 +118,15 @@ def test_features_are_the_encoders_of_the_right_frames(files, kind):
         {"size": {"shortest_edge": 20}},  # smaller than the crop: black around it
         {"do_center_crop": False, "size": {"height": 32, "width": 32}},
         {"rescale_factor": 1 / 127.5, "do_normalize": False},
+        # A size of one number means what it means to the checkpoint's processor.
+        {"image_processor_type": "ViTFeatureExtractor", "size": 36, "do_center_crop": False},
+        {"image_processor_type": "CLIPFeatureExtractor", "size": 36, "crop_size": 32},
+        {"image_processor_type": "ConvNextFeatureExtractor", "size": 40, "crop_pct": 0.875, "do_center_crop": False},
+        {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}, "do_center_crop": False},
     ],
 )
 def test_frames_are_prepared_as_transformers_does(tmp_path, settings):
-    folder = save_encoder(tmp_path / "encoder")
+    folder = save_encoder(tmp_path / "encoder", "convnext" if "image_processor_type" in settings else "videomae")
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     rng = np.random.default_rng(0)
@@ -167,8 +173,6 @@ def test_encoders_that_do_not_fit(files, tmp_path):
         load_encoder(files / "videomae", pooling="max")
     with pytest.raises(ValueError, match="dtype is 'float31'"):
         load_encoder(files / "videomae", dtype="float31")
-    import transformers
-
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     transformers.BertModel(transformers.BertConfig(**small, vocab_size=8)).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match="takes input_ids; expected an encoder of video, images or sound"):
@@ -180,6 +184,9 @@ def test_encoders_that_do_not_fit(files, tmp_path):
     folder = save_encoder(tmp_path / "odd")
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"longest_edge": 36}}))
     with pytest.raises(ValueError, match=r"size is \{'longest_edge': 36\}"):
+        load_encoder(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": 36, "do_flip_channel_order": True}))
+    with pytest.raises(ValueError, match=r"a way of its own \(do_flip_channel_order\)"):
         load_encoder(folder)
     folder = save_encoder(tmp_path / "half")
     weights = {key: torch.from_numpy(value) for key, value in load_file(folder / "model.safetensors").items()}
@@ -201,8 +208,32 @@ def test_sound_through_an_encoder(files):
     # Whisper hears 30 s; the silence after the window does not count.
     whisper = extract_features(files / "tone.wav", load_encoder(files / "whisper"))
     assert whisper["features"].shape == (3, 16)
+    with pytest.raises(
+        ValueError, match=r"tone.wav: .*ast cannot encode windows of 48000 ticks \(it hears 40960 at once"
+    ):
+        extract_features(files / "tone.wav", load_encoder(files / "ast"), num_frames=48000)
     with pytest.raises(ValueError, match="takes sound at 16000 samples a second"):
         extract_features(files / "tone.wav", load_encoder(files / "wav2vec2"), fps=8000)
+
+
+def test_of_a_spectrogram_in_patches_what_was_heard_counts(files):
+    """AST gives tokens of 2.56 s here, of which a window fills one second: 100 steps of 256."""
+    model = AutoModel.from_pretrained(files / "ast").eval()
+    processor = transformers.AutoFeatureExtractor.from_pretrained(files / "ast")
+    window = written_tone()[8000:24000].astype(np.float32)
+    inputs = processor(window, sampling_rate=16000, return_tensors="pt")["input_values"]
+    rows, columns, heard = 2, 31, 13  # patches of 16 by 16, one each 10 bands and 8 steps; the 13th ends with step 112
+    wanted = [2 + row * columns + column for row in range(rows) for column in range(heard)]
+    with torch.no_grad():
+        tokens = model(inputs).last_hidden_state[0]
+        silent = inputs.clone()
+        silent[:, 112:] += 1.0
+        changed = (model.embeddings(silent) - model.embeddings(inputs)).abs().amax(dim=2)[0] > 0
+    assert len(tokens) == 2 + rows * columns
+    assert changed.nonzero().flatten().tolist() == [one for one in range(2, len(tokens)) if one not in wanted]
+    found = extract_features(files / "tone.wav", load_encoder(files / "ast"))["features"]
+    assert found.shape == (3, 16)
+    np.testing.assert_allclose(found[1], tokens[wanted].mean(dim=0), rtol=0, atol=CLOSE)
 
 
 def test_log_mel_is_that_of_transformers(files):
