@@ -371,6 +371,8 @@ class ConvTransformerFeatureExtractor(SequenceFeatureExtractor):
                     f"{name}: {key} is {own[key]} beside its {kind}, but {given[key]} in `geometry`; give only one of them."
                 )
         values = sample[kind]
+        if kind == "signal" and "fps" not in {**given, **own}:
+            _check_rate(values, geometry["fps"], name)
         if kind == "signal" and geometry["duration"] is None:
             values = _read(values, kind, name)
             geometry["duration"] = len(values) / geometry["fps"]
@@ -962,6 +964,24 @@ def _load_numpy(path: str | os.PathLike) -> tuple[list[str], np.ndarray | None]:
     with loaded:
         key = _find_key(loaded.files)
         return loaded.files, None if key is None else loaded[key]
+
+
+def _check_rate(values, fps: float, name: str):
+    """An .npz may say how many samples a second it has: taken at another rate, every time would be wrong."""
+    if not isinstance(values, str | os.PathLike) or Path(values).suffix.lower() != ".npz":
+        return
+    try:
+        with np.load(values, allow_pickle=False) as file:
+            rates = [file[key] for key in ("fps", "sampling_rate") if key in file.files]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
+        return  # `_load` says what is wrong with it
+    for rate in rates:
+        if rate.size == 1 and rate.dtype.kind in "iuf" and abs(rate.item() - fps) > 1e-6 * fps:
+            raise ValueError(
+                f"{name}: says that it has {rate.item():g} samples a second; expected {fps:g}, as the model was "
+                f"trained on. Resample it: modeling_convtransformer.recordings.read_signal(path, fps={fps:g}) does; or give its "
+                "rate as fps beside it, if the model takes windows of so many samples at any rate."
+            )
 
 
 def _load_safetensors(path: str | os.PathLike) -> tuple[list[str], np.ndarray | None]:

@@ -482,6 +482,22 @@ def test_the_duration_of_a_signal_is_known():
     assert result["segments"].tolist() == [[0.1875, 1.125]]
 
 
+@pytest.mark.parametrize("key", ["fps", "sampling_rate"])
+def test_a_signal_of_another_rate_is_not_taken_for_the_models(tmp_path, key):
+    extractor = sensor()
+    path = tmp_path / "session.npz"
+    np.savez(path, signal=features(9, width=2), **{key: 2 * extractor.fps})
+    for sample in ({"signal": path}, {"signal": path, "duration": 9.0}):
+        with pytest.raises(
+            ValueError, match=rf"session.npz: says that it has 16 samples a second; expected {extractor.fps:g}"
+        ):
+            extractor(sample)
+    extractor({"signal": path, "fps": 2 * extractor.fps})
+    extractor({"signal": path}, geometry={"fps": extractor.fps})  # whoever says so knows
+    np.savez(path, signal=features(9, width=2), **{key: np.float64([extractor.fps])})
+    extractor({"signal": path})
+
+
 @pytest.mark.parametrize("kind", ["features", "signal"])
 def test_load_reads_once_for_values_and_geometry(tmp_path, monkeypatch, kind):
     path = tmp_path / "one.npy"
