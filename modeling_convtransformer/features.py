@@ -412,13 +412,14 @@ def extract_features(
             ticks = np.concatenate([ticks[needed], new])
             windows = values[torch.from_numpy(np.searchsorted(ticks, wanted))]
             try:
-                file.append(encoder.encode(windows).cpu().numpy(), total)
+                rows = encoder.encode(windows).cpu().numpy()
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError) as error:
                 raise ValueError(
                     f"{path}: {encoder.name} cannot encode windows of {num_frames} ticks ({error}); its own have {encoder.num_frames}."
                 ) from error
+            file.append(rows, total)
             bar.update(len(starts))
     return file.finish()
 
