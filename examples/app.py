@@ -508,7 +508,7 @@ def build(
         progress=gr.Progress(track_tqdm=True),  # noqa: B008
     ):
         """What sliders, which may move meanwhile, do not change. Stops, and shows nothing, when something else is asked for."""
-        recording, text = {"path": file, "model": name}, ""
+        recording, text, nothing = {"path": file, "model": name}, "", [gr.skip()] * (2 + len(DOWNLOADS))
         for key, value in recording.items():
             asked.setdefault(key, value)
         left = working[request.session_hash] = threading.Event()
@@ -516,23 +516,24 @@ def build(
         def is_of_use() -> bool:
             return features_of(asked) == features_of(recording) and not left.is_set()
 
-        if file is not None and asked == recording:
-            path = Path(file)
-            progress(0, desc="Reading the recording")
-            try:
+        try:
+            if file is not None and asked == recording:
+                progress(0, desc="Reading the recording")
                 with stoppable(is_of_use):
                     get_outputs(recording)
-            except Stopped:
-                pass
-            except Exception as error:  # whatever is wrong with a file: the page says it, and goes on
-                text = str(error).replace(file, path.name)
-                if not isinstance(error, ValueError | ImportError):
-                    traceback.print_exc()
-                    text = f"it could not be read ({type(error).__name__}: {text}). Is the file whole?"
-                text = text if path.name in text else f"{path.name}: {text.removeprefix('sample 0: ')}"
-        del working[request.session_hash]
+        except Stopped:
+            return nothing
+        except Exception as error:  # whatever is wrong with a file: the page says it, and goes on
+            path = Path(file)
+            text = str(error).replace(file, path.name)
+            if not isinstance(error, ValueError | ImportError):
+                traceback.print_exc()
+                text = f"it could not be read ({type(error).__name__}: {text}). Is the file whole?"
+            text = text if path.name in text else f"{path.name}: {text.removeprefix('sample 0: ')}"
+        finally:
+            working.pop(request.session_hash, None)
         if asked != recording or left.is_set():
-            return [gr.skip()] * (2 + len(DOWNLOADS))
+            return nothing
         is_found = file is not None and not text
         return draw_message(text), recording if is_found else None, *enable(is_found)
 
@@ -596,7 +597,7 @@ def build(
             elem_id="title",
             apply_default_css=False,
         )
-        recording = gr.State(None, time_to_live=DAY)  # whose timeline is shown
+        recording = gr.State(None)  # whose timeline is shown
         # What was chosen last. It is changed in place, for who is at work on something else to see.
         asked = gr.State({})
         text = gr.JSON(visible="hidden")

@@ -41,9 +41,13 @@ POOLINGS = ("mean", "cls", "pooler")
 LOG_MEL = "log-mel"
 # Frames that are decoded and resized at once: what bounds the memory of full-size frames.
 _FRAMES_AT_ONCE = 16
-# Sizes as processors of transformers give them, and their numbers for ways to resize.
-# Settings of processors that do something else with pictures than to resize, crop and normalise them.
+# What processors of transformers do with pictures, and what some do that is not known here.
+_SETTINGS = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "offset"),
+    *("do_normalize", "image_mean", "image_std"),
+)
 _OWN_WAYS = ("crop_pct", "do_flip_channel_order", "keep_aspect_ratio", "rescale_offset")
+# Sizes as they give them, and their numbers for ways to resize.
 _SIZES = ({"height", "width"}, {"shortest_edge"})
 _RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 
@@ -243,7 +247,7 @@ class AudioEncoder(_Encoder):
     def encode(self, windows: torch.Tensor) -> torch.Tensor:
         """Windows of sound (windows, samples) to features (windows, channels) float32."""
         if self._whole and windows.shape[1] > self._whole:
-            raise ValueError(f"it hears {self._whole} at once")
+            raise ValueError(f"it hears {self._whole} samples at once")
         inputs = self._processor([one.numpy() for one in windows], sampling_rate=self.fps, return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)  # (the dtype of numbers with a point)
         outputs = self.model(**inputs)
@@ -608,8 +612,15 @@ def _read_processor(name: str, revision: str | None) -> dict[str, Any]:
             "how they are normalised. Save the processor of the model into its folder: processor.save_pretrained(folder)."
         )
     kind = content.get("image_processor_type") or content.get("feature_extractor_type") or ""
-    content = _convnext_settings(content) if kind.startswith("ConvNext") else content
-    if own := [key for key in _OWN_WAYS if content.get(key)]:
+    processor = _find_processor(kind)
+    # What a checkpoint leaves out is as the class of its processor has it.
+    content = {key: getattr(processor, key, None) for key in (*_SETTINGS, *_OWN_WAYS)} | {
+        key: value for key, value in content.items() if value is not None
+    }
+    content = {key: value for key, value in content.items() if value is not None}
+    if kind.startswith("ConvNext") and content.get("do_resize", True):
+        content = _convnext_settings(content)
+    if own := [key for key in _OWN_WAYS if content.get(key)] or [one for one in ("Levit",) if kind.startswith(one)]:
         raise ValueError(
             f"{name}: its processor {kind} prepares pictures in a way of its own ({own[0]}), which is not known here. Choose "
             "another encoder."
@@ -623,7 +634,8 @@ def _read_processor(name: str, revision: str | None) -> dict[str, Any]:
                 f"{name}: {key} is {value} in its processor's settings; expected height and width, or shortest_edge."
             )
     do_crop = content.get("do_center_crop", "crop_size" in content)
-    if isinstance(size, int) and _is_square(kind, do_crop):
+    # A size of one number, as older checkpoints have it, is that of both sides or of the shorter one.
+    if isinstance(size, int) and (processor.default_to_square if processor else not do_crop):
         size = {"height": size, "width": size}
     resample = content.get("resample", 2)
     if content.get("do_resize", True) and resample not in _RESAMPLING:
@@ -653,15 +665,17 @@ def _convnext_settings(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, **own, "crop_size": square, "crop_pct": None}
 
 
-def _is_square(kind: str, do_crop: bool) -> bool:
-    """Whether a size of one number, as older checkpoints have it, is that of both sides, or of the shorter one."""
+def _find_processor(kind: str):
+    """transformers' class of an image processor; None: there is none of this name, or it cannot be loaded here."""
     name = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
     for suffix in ("Pil", "", "Fast"):  # one of them can be loaded, if Pillow or torchvision is installed
         try:
-            return getattr(transformers, name + suffix).default_to_square
+            found = getattr(transformers, name + suffix)
+            found.default_to_square  # noqa: B018 - of one that cannot be loaded, this raises
         except (AttributeError, ImportError):
-            pass
-    return not do_crop
+            continue
+        return found
+    return None
 
 
 def _resized(shape: Sequence[int], size: int | dict[str, int]) -> tuple[int, int]:

@@ -47,8 +47,8 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wm
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 SIGNAL_SUFFIXES = (*TABLE_SUFFIXES, ".npy", ".npz")
 
-# Containers whose header says how long the recording is, so that a file that ends before can be told.
-_WITH_DURATION = {"mov", "mp4", "matroska", "webm", "flac", "flv"}
+# Containers whose header says how long the recording is, so that a file that ends before can be told where its bytes do not.
+_WITH_DURATION = {"mov", "mp4", "matroska", "webm", "avi", "wav", "flac", "flv"}
 _SAME_TIME = 1e-6  # seconds; far below a frame, far above what float64 loses
 _EBML = b"\x1a\x45\xdf\xa3"
 _CLOCK_STEP = 0.5  # seconds; times of decoding rise, but for the jitter of damaged files
@@ -211,10 +211,9 @@ class _MediaFile:
                 if packet.stream_index == self.stream_index and not packet.is_discard:
                     shown.append((time, length))
                     keys += [time] if packet.is_keyframe else []
-        except self._av.error.FFmpegError as error:
-            raise ValueError(
-                f"{self.path}: damaged or truncated ({error.strerror}) after {len(shown)} packets."
-            ) from error
+        except (self._av.error.FFmpegError, IndexError) as error:  # (a stream that turns up late)
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{self.path}: damaged or truncated ({reason}) after {len(shown)} packets.") from error
         if not is_timed:  # only decoding tells
             shown, keys = [(frame.time, 0.0) for frame in self._decode() if frame.time is not None], []
             ends += [time for time, _ in shown]
@@ -550,7 +549,7 @@ def _read_numpy(path: Path, columns: Sequence[str] | None) -> tuple[np.ndarray, 
         else:
             with loaded:
                 arrays = {key: loaded[key] for key in loaded.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         reason = (
             "Python objects, which are refused because loading them runs code" if "pickle" in str(error) else error
         )

@@ -496,6 +496,9 @@ def test_a_signal_of_another_rate_is_not_taken_for_the_models(tmp_path, key):
     extractor({"signal": path}, geometry={"fps": extractor.fps})  # whoever says so knows
     np.savez(path, signal=features(9, width=2), **{key: np.float64([extractor.fps])})
     extractor({"signal": path})
+    (tmp_path / "cut.npz").write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"cut.npz: it is no readable"):
+        extractor({"signal": tmp_path / "cut.npz"})
 
 
 @pytest.mark.parametrize("kind", ["features", "signal"])
