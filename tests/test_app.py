@@ -257,6 +257,19 @@ def choose(page, name: str, option: str):
     page.get_by_role("option", name=option, exact=True).click()
 
 
+def slow_down(monkeypatch) -> list[int]:
+    """Encoders take half a second for each batch from now on; gives the list to which they add how many windows it has."""
+    encode, seen = VideoEncoder.encode, []
+
+    def encode_slowly(self, windows):
+        seen.append(len(windows))
+        time.sleep(0.5)
+        return encode(self, windows)
+
+    monkeypatch.setattr(VideoEncoder, "encode", encode_slowly)
+    return seen
+
+
 # --- Tests -----------------------------------------------------------------------------------------------------------
 
 
@@ -433,14 +446,7 @@ def test_a_video_plays_from_the_start_of_a_segment_to_its_end(open_page, served,
     choose(page, "model", "video")
     page.wait_for_selector("#takes:has-text('through encoder')")
 
-    encode, seen = VideoEncoder.encode, []
-
-    def encode_slowly(self, windows):
-        seen.append(len(windows))
-        time.sleep(0.5)
-        return encode(self, windows)
-
-    monkeypatch.setattr(VideoEncoder, "encode", encode_slowly)
+    seen = slow_down(monkeypatch)
     page.set_input_files("#recording input[type=file]", files["clip.webm"])
     page.wait_for_selector("#player video")  # while features are made, whose progress stands at the timeline
     page.wait_for_selector("#timeline .progress-bar", state="attached")  # (of no width at first)
@@ -494,14 +500,7 @@ def test_what_is_dropped_last_is_shown(open_page, served, files, monkeypatch):
     choose(page, "model", "video")
     page.wait_for_selector("#takes:has-text('through encoder')")
     models["video"](str(files["old.avi"]))  # the encoder is loaded
-    encode, seen = VideoEncoder.encode, []
-
-    def encode_slowly(self, windows):
-        seen.append(len(windows))
-        time.sleep(0.5)
-        return encode(self, windows)
-
-    monkeypatch.setattr(VideoEncoder, "encode", encode_slowly)
+    seen = slow_down(monkeypatch)
     page.set_input_files("#recording input[type=file]", files["clip.webm"])
     page.wait_for_selector("#timeline .progress-bar", state="attached")
     drop(page, files["cut.mp4"])  # the work on the first video stops
