@@ -49,7 +49,7 @@ _ENCODER = ("name", "revision", "pooling", "dtype")
 # Files of arrays.
 ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
 # What numpy raises for files that are no arrays, or are damaged (RuntimeError: encrypted, or packed in an unknown way).
-_UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 # What a sample may be, and what its first axis counts.
 _AXES = {"features": "time", "signal": "samples"}
 
@@ -940,7 +940,7 @@ def _load(path: str | os.PathLike, name: str) -> np.ndarray:
         keys, array = load(path)
     except FileNotFoundError as error:
         raise ValueError(f"{name}: there is no file {path}.") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         # (numpy's own words advise to unpickle whatever it does not know)
         if Path(path).suffix.lower() not in ARRAY_SUFFIXES:
             raise ValueError(
@@ -975,7 +975,7 @@ def _check_rate(values, fps: float, name: str):
     try:
         with np.load(values, allow_pickle=False) as file:
             rates = [file[key] for key in ("fps", "sampling_rate") if key in file.files]
-    except _UNREADABLE:
+    except UNREADABLE:
         return  # `_load` says what is wrong with it
     for rate in rates[:1]:
         if rate.size == 1 and rate.dtype.kind in "iuf" and abs(rate.item() - fps) > 1e-6 * fps:

@@ -613,14 +613,15 @@ def _read_processor(name: str, revision: str | None) -> dict[str, Any]:
         )
     kind = content.get("image_processor_type") or content.get("feature_extractor_type") or ""
     processor = _find_processor(kind)
-    # What a checkpoint leaves out is as the class of its processor has it.
-    content = {key: getattr(processor, key, None) for key in (*_SETTINGS, *_OWN_WAYS)} | {
-        key: value for key, value in content.items() if value is not None
-    }
-    content = {key: value for key, value in content.items() if value is not None}
+    # What a checkpoint leaves out, or has as null, is as the class of its processor has it.
+    settings = {key: getattr(processor, key, None) for key in (*_SETTINGS, *_OWN_WAYS)}
+    settings |= {key: value for key, value in content.items() if value is not None}
+    content = {key: value for key, value in settings.items() if value is not None}
     if kind.startswith("ConvNext") and content.get("do_resize", True):
         content = _convnext_settings(content)
-    if own := [key for key in _OWN_WAYS if content.get(key)] or [one for one in ("Levit",) if kind.startswith(one)]:
+    own = [key for key in _OWN_WAYS if content.get(key)]
+    own += ["another size than its settings say"] if kind.startswith("Levit") else []
+    if own:
         raise ValueError(
             f"{name}: its processor {kind} prepares pictures in a way of its own ({own[0]}), which is not known here. Choose "
             "another encoder."

@@ -16,8 +16,6 @@ import itertools
 import math
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers.utils import logging
+
+from .feature_extraction_convtransformer import UNREADABLE
 
 logger = logging.get_logger(__name__)
 
@@ -549,7 +549,7 @@ def _read_numpy(path: Path, columns: Sequence[str] | None) -> tuple[np.ndarray, 
         else:
             with loaded:
                 arrays = {key: loaded[key] for key in loaded.files}
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         reason = (
             "Python objects, which are refused because loading them runs code" if "pickle" in str(error) else error
         )

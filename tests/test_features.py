@@ -124,7 +124,7 @@ def test_features_are_the_encoders_of_the_right_frames(files, kind):
         {"image_processor_type": "CLIPFeatureExtractor", "size": 36, "crop_size": 32},
         {"image_processor_type": "ConvNextFeatureExtractor", "size": 40, "crop_pct": 0.875, "do_center_crop": False},
         {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}, "do_center_crop": False},
-        # What is null is not done; what is left out (...) is as the processor has it.
+        # What is null, or left out (...), is as the processor has it.
         {"image_processor_type": "ViTImageProcessorFast", "size": 36, "crop_size": None, "do_center_crop": None},
         {"image_processor_type": "BitImageProcessor", "size": ..., "crop_size": ..., "resample": ...},
         {"image_processor_type": "ConvNextImageProcessor", "size": ..., "do_center_crop": False},
